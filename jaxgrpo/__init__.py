@@ -1,0 +1,1 @@
+"""GRPO on masked variable-rank LoRA for Qwen2.5, in JAX."""

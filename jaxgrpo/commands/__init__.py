@@ -1,0 +1,1 @@
+"""What `python -m jaxgrpo.run COMMAND` runs, one module per command or two."""

@@ -1,0 +1,176 @@
+"""`plan`: print, draw, edit or write a rank plan; and `--dry-run`, which shows it with the rest."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxgrpo.artifacts import atomic_write_json
+from jaxgrpo.commands.command import Command
+from jaxgrpo.config import MAX_RANK, MODULES, Config, ConfigError
+from jaxgrpo.config_files import dump_config
+from jaxgrpo.rank_plan import RankPlan, make_rank_plan
+
+_EDIT = re.compile(rf"(layers|{'|'.join(MODULES)})(?:\.([0-9]{{1,4}})(?:-([0-9]{{1,4}}))?)?=(.*)")
+_SHADES = " ░▒▓█"
+
+
+@dataclass(frozen=True)
+class PlanSettings(Config):
+    """A run's settings, and what to do with its plan."""
+
+    out: str | None = None
+    """A .json file to write the plan to, or a .png or .svg picture of it."""
+    draw: int | None = None
+    """Draw a random plan of as many ranks from this seed."""
+    edits: tuple[str, ...] = ()
+    """Changes in order, as written: q_proj=8, q_proj.3=8, layers.0-3=0."""
+
+
+def take_edits(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Splits words into settings and edits of the plan."""
+    edits = tuple(word for word in words if _EDIT.fullmatch(word))
+    rest = [word for word in words if not _EDIT.fullmatch(word)]
+    return rest, {"edits": edits} if edits else {}
+
+
+def run(settings: PlanSettings, console: Console) -> int:
+    model, plan = open_plan(settings)
+    ranks = {module: values.copy() for module, values in plan.ranks.items()}
+    if settings.draw is not None:
+        ranks = draw(plan, model, settings.draw)
+    for edit in settings.edits:
+        apply_edit(edit, ranks)
+    plan = make_rank_plan(settings.lora, model.num_layers, ranks)
+    print_plan(plan, model, console)
+    if settings.out is None:
+        return 0
+    out = Path(settings.out)
+    if out.suffix == ".json":
+        lists = {module: plan.ranks[module].tolist() for module in plan.modules}
+        atomic_write_json(out, {"ranks": lists})
+    elif out.suffix in (".png", ".svg"):
+        draw_picture(plan, out)
+    else:
+        raise ConfigError(f"out: {out} is none of .json, .png and .svg")
+    console.print(f"wrote {out}", highlight=False)
+    return 0
+
+
+def open_plan(config: Config) -> tuple[Any, RankPlan]:
+    """The model's shapes and the plan, from config.json alone: no weights are read or fetched."""
+    from jaxgrpo.model.weights import read_qwen2_config, resolve_model_dir
+    from jaxgrpo.session import resolve_dtype, resolve_plan
+
+    directory = resolve_model_dir(config.model.path, config.model.revision, ["config.json"])
+    model = read_qwen2_config(directory, resolve_dtype(config.model.dtype))
+    return model, resolve_plan(config.lora, model)[0]
+
+
+def apply_edit(edit: str, ranks: dict[str, np.ndarray]) -> None:
+    """Changes `ranks` as `layers.0-3=8` or `q_proj=4` says; a module without ranks gets them."""
+    match = _EDIT.fullmatch(edit)
+    assert match is not None, edit
+    name, first, last, value = match.groups()
+    layers = len(next(iter(ranks.values())))
+    if not re.fullmatch(r"[0-9]{1,5}", value) or int(value) > MAX_RANK:
+        raise ConfigError(f"plan: {edit} needs a rank in 0..{MAX_RANK}")
+    start = 0 if first is None else int(first)
+    stop = layers if first is None else int(last or first) + 1
+    if not start < stop <= layers:
+        raise ConfigError(f"plan: {edit}: the model has the layers 0..{layers - 1}")
+    for module in list(ranks) if name == "layers" else [name]:
+        ranks.setdefault(module, np.zeros(layers, np.int64))[start:stop] = int(value)
+
+
+def draw(plan: RankPlan, model: Any, seed: int) -> dict[str, np.ndarray]:
+    """Random ranks for the same adapters, as many in all."""
+    from jaxgrpo.study.allocate import allocate
+    from jaxgrpo.study.budget import Budget
+
+    mean = -(-plan.total_rank // plan.num_adapters)
+    budget = Budget(plan.total_rank, "ranks", min(1, mean), 2 * mean, "module")
+    ones = {module: np.ones(plan.layers) for module in plan.modules}
+    return allocate("random", ones, model.module_shapes, budget, seed=seed)
+
+
+def print_plan(plan: RankPlan, model: Any, console: Console) -> None:
+    """A table of the ranks, shaded by size, and what they add up to."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("layer", *plan.modules):
+        table.add_column(heading, justify="right")
+    largest = max(int(ranks.max()) for ranks in plan.ranks.values())
+    for layer in range(plan.layers):
+        cells = []
+        for module in plan.modules:
+            rank = int(plan.ranks[module][layer])
+            shade = _SHADES[-(-rank * (len(_SHADES) - 1) // largest)]
+            cells.append(f"{rank} {shade}")
+        table.add_row(str(layer), *cells)
+    console.print(table)
+    trainable = plan.trainable_parameters(model.module_shapes)
+    console.print(
+        f"{plan.total_rank} ranks, {trainable:,} trainable parameters "
+        f"({trainable / model.num_parameters:.2%} of {model.num_parameters:,}), "
+        f"scale rule {plan.scale_rule}, alpha {plan.alpha:g}",
+        highlight=False,
+    )
+
+
+def draw_picture(plan: RankPlan, path: Path) -> None:
+    """Layers by projections, coloured by rank."""
+    from matplotlib.figure import Figure
+
+    grid = np.array([plan.ranks[module] for module in plan.modules])
+    figure = Figure(figsize=(2 + 0.3 * plan.layers, 1 + 0.35 * len(grid)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_yticks(range(len(grid)), plan.modules)
+    axes.set_xlabel("layer")
+    axes.set_title(f"ranks ({plan.total_rank} in all)")
+    figure.colorbar(image, ax=axes, label="rank")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+def dry_run(config: Config, console: Console) -> int:
+    """Settings, plan, parameters and memory; nothing is loaded or written."""
+    from jaxgrpo.memory_estimate import estimate_memory
+
+    model, plan = open_plan(config)
+    console.print(dump_config(config), highlight=False, markup=False, end="")
+    console.print()
+    print_plan(plan, model, console)
+    table = Table(title="memory, estimated", title_justify="left", box=None, pad_edge=False)
+    table.add_column("what")
+    table.add_column("MiB", justify="right")
+    for name, size in estimate_memory(config, model, plan).items():
+        table.add_row(name, f"{size / 2**20:,.1f}")
+    console.print(table)
+    console.print("dry run: nothing was loaded or written")
+    return 0
+
+
+PLAN = Command(
+    run,
+    "print, draw or edit the ranks of a run and count parameters",
+    "Words that name a projection or layers change the plan, in the order given:\n\n"
+    "  q_proj=8          rank 8 for q_proj in every layer\n"
+    "  down_proj.3=16    in layer 3\n"
+    "  layers.0-5=0      every projection of the layers 0 to 5: no adapter there\n"
+    "  draw=SEED         first replace the plan by a random one of as many ranks\n"
+    "  out=plan.json     write it, for lora.plan=plan.json; or draw it: out=plan.png\n\n"
+    "Only the model's config.json is read. lora.rank, lora.plan and lora.adapter say\n"
+    "where it starts from.",
+    "plan lora.rank=8 layers.0-1=4 q_proj.7=16 out=plan.json",
+    config=PlanSettings,
+    collects=take_edits,
+)

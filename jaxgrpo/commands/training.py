@@ -1,0 +1,114 @@
+"""`train`, `eval`, `check` and `study`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from jaxgrpo.commands.command import Command
+from jaxgrpo.config import Config
+from jaxgrpo.study.config import StudyConfig
+
+EXIT_INTERRUPTED = 130
+
+
+def run_train(config: Config, console: Console) -> int:
+    from jaxgrpo.train import train
+
+    result = train(config, console)
+    if result.interrupted:
+        console.print("stopped and saved; run the same command again to go on")
+        return EXIT_INTERRUPTED
+    table = Table(box=None, show_header=False, pad_edge=False)
+    if result.before is not None and result.after is not None:
+        table.add_row("accuracy before", result.before.describe())
+        table.add_row("accuracy after", result.after.describe())
+    for name, path in result.run.described():
+        table.add_row(name, str(path))
+    console.print(Panel(table, title="done", expand=False))
+    return 0
+
+
+def run_eval(config: Config, console: Console) -> int:
+    from jaxgrpo.train import evaluate_run
+
+    result = evaluate_run(config, console)
+    console.print(f"accuracy {result.describe()}")
+    return 0
+
+
+def run_check(config: Config, console: Console) -> int:
+    import jax
+
+    from jaxgrpo.commands.plan import print_plan
+    from jaxgrpo.session import open_session
+
+    session = open_session(config)
+    print_plan(session.plan, session.model_config, console)
+    model = session.model_config
+    console.print(
+        f"model {session.model_dir}: {model.num_parameters:,} parameters, {model.num_layers} "
+        f"layers, {model.dtype}\n"
+        f"data: {len(session.train_prompts):,} training and {len(session.eval_prompts):,} "
+        f"evaluation prompts\n"
+        f"mesh {dict(session.mesh.shape)} on {jax.devices()[0].device_kind}"
+    )
+    return 0
+
+
+def run_study_command(config: StudyConfig, console: Console) -> int:
+    from jaxgrpo.study.arms import run_study
+    from jaxgrpo.study.config import Interrupted
+
+    try:
+        run_study(config, console)
+    except Interrupted:
+        console.print("stopped and saved; run the same command again to go on")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+TRAIN = Command(
+    run_train,
+    "train with GRPO, or go on from run_dir's newest checkpoint",
+    "Without a CONFIG the embedded model and problems are used: no network, no\n"
+    "accelerator. Files are merged left to right, then key=value.\n\n"
+    "  run_dir=runs/mine steps=100 seed=1\n"
+    "  model.path=DIR_OR_HUB_ID data.path=DIR_OR_HUB_ID\n"
+    "  lora.rank=8 lora.plan=plan.json lora.adapter=PEFT_DIR (what to start from)\n"
+    "  optim.learning_rate=1e-4 grpo.loss=dapo rewards.my_file:my_reward=1.0\n\n"
+    "Every setting is in jaxgrpo/config.py. Ctrl-C and SIGTERM save and end with 130;\n"
+    "the same command again goes on. --dry-run prints settings, plan and memory.",
+    "train steps=4 run_dir=runs/try",
+    dry_run=True,
+)
+EVAL = Command(
+    run_eval,
+    "accuracy: newest checkpoint, else lora.adapter, else base model",
+    "  eval.problems=200                      so many problems of the split\n"
+    "  eval.samples=4 eval.temperature=0.7    pass@1, pass@2 and pass@4\n"
+    "  lora.adapter=DIRECTORY                 a PEFT adapter, from here or elsewhere\n\n"
+    "Every problem with its completions and verdicts is written to run_dir/eval.",
+    "eval runs/try eval.problems=64",
+    dry_run=True,
+)
+STUDY = Command(
+    run_study_command,
+    "profile, allocate, train the arms, compare, write report.html",
+    "Every stage that is done is skipped, so the same command again goes on.\n\n"
+    "  run_dir=runs/mine study.arms.seeds=[0,1,2] study.arms.plans=[uniform,inverse]\n\n"
+    "Every setting is in jaxgrpo/study/config.py.",
+    "study configs/study_embedded.yaml --dry-run",
+    StudyConfig,
+    default=None,
+    dry_run=True,
+)
+CHECK = Command(
+    run_check,
+    "load everything, print model, mesh and realised ranks, and stop",
+    "Reads model, data, plan and rewards as train does and writes nothing. --dry-run\n"
+    "reads even less: the model's config.json, and no weights.",
+    "check lora.rank=4",
+    dry_run=True,
+)

@@ -1,0 +1,239 @@
+"""Reading and writing configurations: YAML files, `key=value` overrides, strict decoding.
+
+Files are merged left to right, key by key, then the overrides. An unknown or repeated key is an
+error that names the nearest valid one. No jax: a report or a plan is made on machines without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import draccus
+import yaml
+
+from jaxgrpo.config import Config, ConfigError, suggestion
+
+
+def load_config(
+    paths: Sequence[str | Path] = (),
+    overrides: Sequence[str] = (),
+    cls: type = Config,
+    first: Mapping[str, Any] | None = None,
+) -> Any:
+    """Reads YAML files, merges them left to right, applies `a.b=value` overrides and decodes.
+
+    Args:
+        cls: Config, or a dataclass that adds sections to it.
+        first: settings that files and overrides come after.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key, a wrong type or value.
+    """
+    merged: dict[str, Any] = dict(first or {})
+    for path in paths:
+        merged = merge(merged, read_yaml(path))
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        # Rewards given one by one add up; together they replace those of the files.
+        whole = "" if override.startswith("rewards.") else "rewards"
+        changes = merge(changes, parse_override(override), whole)
+    return decode_config(merge(merged, changes), cls)
+
+
+def decode_config(raw: Mapping[str, Any], cls: type = Config) -> Any:
+    """Decodes a plain mapping into `cls`, strictly."""
+    check_keys(raw, cls)
+    try:
+        return draccus.decode(cls, raw)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(_decode_message(error)) from error
+
+
+def _decode_message(error: BaseException) -> str:
+    """One line out of draccus' nested errors; a ConfigError inside wins."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    key = ".".join(getattr(error, "key_path", None) or ())
+    text = " ".join(str(getattr(error, "message", None) or error).split())
+    return f"{key}: {text}" if key and key not in text else text
+
+
+MAX_YAML_BYTES = 2**20
+MAX_NODES = 100_000
+"""More than any configuration has; a few lines of nested aliases can stand for billions."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader, but a repeated key is an error: YAML would silently keep the last one."""
+
+    def get_single_data(self) -> Any:
+        """The document, refused if its aliases would make it grow beyond measure."""
+        try:
+            node = self.get_single_node()
+            if node is not None and _expanded_size(node, {}) > MAX_NODES:
+                raise yaml.constructor.ConstructorError(
+                    None, None, "it is too large with its aliases", node.start_mark
+                )
+            return None if node is None else self.construct_document(node)
+        except RecursionError:
+            raise yaml.YAMLError("it is nested too deep") from None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        self.flatten_mapping(node)
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be text", key_node.start_mark
+                )
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key_node.value}' appears twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes there are once every alias has been written out."""
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1  # what an alias inside its own anchor comes to
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in children for part in pair]
+        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in children)
+    return known[id(node)]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"config file {path} is larger than {MAX_YAML_BYTES:,} bytes")
+        raw = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist{_nearest_file(path)}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"config file {path} is not YAML: {' '.join(str(error).split())}"
+        ) from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config file {path} must hold a mapping, got {type(raw).__name__}")
+    return raw
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=value` as a nested mapping; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{text}' is not of the form key=value")
+    try:
+        nested: Any = yaml.load(value, _StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:  # numbers and dates raise their own
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"override '{text[:80]}': {reason[:300]}") from None
+    # A reward's key may itself hold dots (my.module:function), so only its first dot separates.
+    parts = key.split(".", 1) if key.startswith("rewards.") else key.split(".")
+    for part in reversed(parts):
+        nested = {part: nested}
+    return nested
+
+
+def merge(
+    base: Mapping[str, Any], update: Mapping[str, Any], whole: str = "rewards"
+) -> dict[str, Any]:
+    """Deep merge: mappings key by key, anything else replaced, the key `whole` too."""
+    merged = dict(base)
+    for key, value in update.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and key != whole:
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def check_keys(raw: Mapping[str, Any], cls: type, where: str = "") -> None:
+    """Raises ConfigError on the first key of `raw` that `cls` does not have, naming the nearest."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key, value in raw.items():
+        dotted = f"{where}{key}"
+        if key not in names:
+            hint = suggestion(str(key), names)
+            home = _elsewhere(str(key), cls) if "valid:" in hint and not where else None
+            raise ConfigError(f"unknown key '{dotted}'; {home or hint}")
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{dotted} must be a mapping, got {value!r}")
+            check_keys(value, typing.cast(type, kind), f"{dotted}.")
+        else:
+            _check_kind(dotted, kind, value)
+
+
+def _check_kind(dotted: str, kind: Any, value: Any) -> None:
+    """Refuses what the decoder would convert silently, or would refuse in its own words."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if value is None and type(None) not in arguments:
+        raise ConfigError(f"{dotted} is empty; give a value or leave the key out")
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{dotted} must be a mapping of names to weights, got {value!r}")
+        for name, weight in value.items():
+            _check_kind(f"{dotted}.{name}", arguments[1], weight)
+    elif origin is tuple:
+        if isinstance(value, Mapping):
+            raise ConfigError(f"{dotted} must be a list, got {value!r}")
+        # Text is a sequence too, and would be taken apart letter by letter.
+        if not isinstance(value, list | tuple):
+            raise ConfigError(
+                f"{dotted} must be a list, as in {dotted.rsplit('.', 1)[-1]}=[{value}]"
+            )
+        for index, item in enumerate(value):
+            _check_kind(f"{dotted}.{index}", arguments[0], item)
+    elif isinstance(value, bool | list | Mapping) and {kind, *arguments} & {int, float}:
+        raise ConfigError(f"{dotted} must be a number, got {value!r}")
+    elif isinstance(value, bool | list | Mapping) and str in (kind, *arguments):
+        # YAML reads an unquoted yes, no, on or off as a truth value.
+        hint = "; quote it" if isinstance(value, bool) else ""
+        raise ConfigError(f"{dotted} must be text, got {value!r}{hint}")
+
+
+def _elsewhere(key: str, cls: type) -> str | None:
+    """A section's own key written at the top level is a common slip: say where it belongs."""
+    for section, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind) and key in (f.name for f in dataclasses.fields(kind)):
+            return f"did you mean '{section}.{key}'?"
+    return None
+
+
+def encode_config(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain JSON-able values; `decode_config` is its inverse."""
+    return typing.cast(dict, draccus.encode(config))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back equal."""
+    return yaml.safe_dump(encode_config(config), sort_keys=False)

@@ -1,0 +1,72 @@
+"""Watches for steps whose loss is not finite or has exploded, and keeps their batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from rich.console import Console
+from safetensors.numpy import save
+
+from jaxgrpo.artifacts import DivergedError, RunDirectory, atomic_write_bytes
+from jaxgrpo.iteration import StepResult
+from jaxgrpo.mesh import to_host
+
+MAX_LOSS = 1e3
+"""Advantages are of order one and ratios are clipped, so a loss is; a negative log-likelihood is at
+most some tens."""
+MAX_BAD_STEPS = 10
+MAX_BATCHES = 5
+
+
+class DivergenceGuard:
+    """Counts bad steps in a row."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._in_a_row = 0
+        self._skipped: float | None = None
+
+    def check(self, step: int, result: StepResult, console: Console) -> bool:
+        """Whether the step went wrong; then its batch is on disk, as safetensors.
+
+        Raises:
+            DivergedError: the last MAX_BAD_STEPS all did.
+        """
+        loss, skipped = result.metrics["loss"], result.metrics["grpo/skipped_updates"]
+        before, self._skipped = self._skipped, skipped
+        trouble = (
+            f"the loss is {loss:g}"
+            if not math.isfinite(loss) or abs(loss) > MAX_LOSS
+            else "a gradient was not finite and its update left out"
+            if before is not None and skipped > before
+            else None
+        )
+        if trouble is None:
+            self._in_a_row = 0
+            return False
+        self._in_a_row += 1
+        path = self._run.bad_batches / f"step_{step:06d}.safetensors"
+        if self._in_a_row <= MAX_BATCHES:
+            batch = to_host(result.batch)
+            if jax.process_index() == 0:
+                self._run.bad_batches.mkdir(exist_ok=True)
+                arrays = {
+                    field.name: np.ascontiguousarray(value)
+                    for field in dataclasses.fields(batch)
+                    if (value := getattr(batch, field.name)) is not None
+                }
+                atomic_write_bytes(path, save(arrays, {"trouble": trouble, "step": str(step)}))
+        console.print(
+            f"[yellow]warning:[/] step {step}: {trouble}; batches to inspect are in "
+            f"{self._run.bad_batches}"
+        )
+        if self._in_a_row >= MAX_BAD_STEPS:
+            raise DivergedError(
+                f"the last {MAX_BAD_STEPS} steps went wrong ({trouble}); the batches are in "
+                f"{self._run.bad_batches}, the newest checkpoint is from before; a smaller "
+                "optim.learning_rate is the usual cure"
+            )
+        return True

@@ -1,0 +1,174 @@
+"""Held-out accuracy: greedy, or sampled with pass@k, over a whole split, with records on disk.
+
+`eval/accuracy` is by our rule (`answers.extract_answer`, exact rationals). lm-evaluation-harness'
+strict and flexible rules are separate metrics, so that numbers compare with published ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import track
+
+from jaxgrpo.answers import (
+    extract_answer,
+    gold_answer,
+    match_lm_eval_flexible,
+    match_lm_eval_strict,
+)
+from jaxgrpo.artifacts import atomic_write_json, atomic_write_text, read_jsonl
+from jaxgrpo.config import Config
+from jaxgrpo.data import PromptSource, decode_completions
+from jaxgrpo.mesh import Purpose, fold_key, shard_rows, to_host
+from jaxgrpo.rollout.stop import cut_at_stop
+from jaxgrpo.stats import wilson_interval
+from jaxgrpo.types import FINISH_LENGTH, FINISH_REASONS, PromptBatch, Rollout, Tree
+
+
+class StoppedError(Exception):
+    """The process was asked to stop during an evaluation."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One evaluation.
+
+    Attributes:
+        metrics: `eval/...` name -> value.
+        records: one per problem, with its completions and verdicts.
+    """
+
+    metrics: dict[str, float]
+    records: list[dict]
+
+    def describe(self) -> str:
+        """Accuracy with its 95 % interval, for a person."""
+        m = self.metrics
+        low, high = m["eval/accuracy_low"], m["eval/accuracy_high"]
+        return (
+            f"{m['eval/accuracy']:.1%}  (95 % interval {low:.1%} to {high:.1%}, "
+            f"{len(self.records)} problems)"
+        )
+
+
+def evaluate(
+    generate: Callable[..., Rollout],
+    weights: Tree,
+    prompts: PromptSource,
+    tokenizer: Any,
+    config: Config,
+    *,
+    mesh: Mesh,
+    step: int,
+    directory: Path,
+    console: Console,
+    stopping: Callable[[], bool] = lambda: False,
+) -> EvalResult:
+    """Completes every problem and judges it; writes step_XXXXXX.jsonl and .json to `directory`.
+
+    Every evaluation of a run draws the same noise for the same problem (its key has no step), so
+    that two of them differ by the policy alone.
+
+    Raises:
+        StoppedError: `stopping` said so between two batches; nothing was written.
+    """
+    total = min(len(prompts), config.eval.problems or len(prompts))
+    count = config.eval.batch_prompts
+    records: list[dict] = []
+    starts = range(0, total, count)
+    for start in track(
+        starts, "evaluating", console=console, transient=True, disable=not console.is_terminal
+    ):
+        if stopping():
+            raise StoppedError
+        batch, real = prompts.sequential(start, count, total)
+        tokens, mask = shard_rows(mesh, (batch.tokens, batch.mask))
+        key = fold_key(config.seed, start, Purpose.EVAL)
+        rollout = to_host(generate(weights, tokens, mask, key))
+        texts = decode_completions(tokenizer, rollout.tokens, rollout.lengths)
+        texts = [cut_at_stop(text, config.rollout.stop_strings) for text in texts]
+        records += judge(batch, real, texts, rollout, config.eval.samples)
+    result = EvalResult(metrics=eval_metrics(records, config.eval.samples), records=records)
+    if jax.process_index() == 0:
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        name = f"step_{step:06d}"
+        text = lines.encode("utf-8", "backslashreplace").decode()
+        atomic_write_text(directory / f"{name}.jsonl", text)
+        atomic_write_json(directory / f"{name}.json", result.metrics)
+    return result
+
+
+def read_eval(directory: Path, step: int) -> EvalResult | None:
+    """What `evaluate` wrote after `step`, or None."""
+    path = directory / f"step_{step:06d}.json"
+    if not path.is_file() or not path.with_suffix(".jsonl").is_file():
+        return None
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    return EvalResult(metrics=metrics, records=read_jsonl(path.with_suffix(".jsonl")))
+
+
+def judge(
+    batch: PromptBatch, real: int, texts: list[str], rollout: Rollout, samples: int
+) -> list[dict]:
+    """One record per real prompt of the batch; lists in it run over the samples."""
+    records = []
+    for p in range(real):
+        rows = slice(p * samples, (p + 1) * samples)
+        answer, completions = batch.answers[p], texts[rows]
+        extracted = [extract_answer(text) for text in completions]
+        gold = gold_answer(answer)
+        records.append(
+            {
+                "index": batch.indices[p],
+                "prompt": batch.texts[p],
+                "answer": answer,
+                "completions": completions,
+                "extracted": [None if value is None else str(value) for value in extracted],
+                "correct": [value == gold for value in extracted],
+                "lm_eval_strict": [match_lm_eval_strict(t, answer) for t in completions],
+                "lm_eval_flexible": [match_lm_eval_flexible(t, answer) for t in completions],
+                "tokens": rollout.lengths[rows].tolist(),
+                "finish_reasons": [FINISH_REASONS[i] for i in rollout.finish_reasons[rows]],
+            }
+        )
+    return records
+
+
+def eval_metrics(records: list[dict], samples: int) -> dict[str, float]:
+    """Means over problems, and over samples within one; pass@k for k = 1, 2, 4, ... samples."""
+    correct = np.array([record["correct"] for record in records], float)
+    successes, trials = int(correct.sum()), correct.size
+    # Samples of one problem are not independent, so the interval counts problems, not samples.
+    interval = wilson_interval(correct.mean() * len(records), len(records))
+    metrics = {
+        "eval/accuracy": successes / trials,
+        "eval/accuracy_low": interval.low,
+        "eval/accuracy_high": interval.high,
+        "eval/problems": float(len(records)),
+    }
+    for name in ("lm_eval_strict", "lm_eval_flexible"):
+        metrics[f"eval/{name}"] = float(np.mean([record[name] for record in records]))
+    metrics["eval/mean_length"] = float(np.mean([record["tokens"] for record in records]))
+    cut = [[r == FINISH_REASONS[FINISH_LENGTH] for r in x["finish_reasons"]] for x in records]
+    metrics["eval/clipped_ratio"] = float(np.mean(cut))
+    k = 1
+    while samples > 1 and k <= samples:
+        per_problem = [pass_at_k(samples, int(row.sum()), k) for row in correct]
+        metrics[f"eval/pass@{k}"] = float(np.mean(per_problem))
+        k *= 2
+    return metrics
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of "one of k samples is right" from c right of n (Chen et al. 2021,
+    arXiv 2107.03374, eq. 1): 1 - C(n-c, k) / C(n, k)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)

@@ -1,0 +1,99 @@
+"""Group-relative advantages and the reward metrics that go with them.
+
+Rewards are host data (they come from text), so this is numpy in float64; one float32 array goes to
+the device. GRPO: Shao et al. 2024, arXiv:2402.03300, eq. 4 in its outcome form; the constants are
+TRL's, so that its published settings carry over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+RewardScale = Literal["group", "batch", "none"]
+
+STD_EPS = 1e-4
+"""Added to the standard deviation, so that a group of equal rewards gives 0 and not 0/0."""
+
+
+def compute_advantages(
+    rewards: Float[np.ndarray, " B"], group_size: int, scale: RewardScale = "group"
+) -> Float[np.ndarray, " B"]:
+    """Reward minus its group's mean, over a standard deviation.
+
+    A NaN reward means that no reward function could judge the completion: it is left out of every
+    mean and deviation and gets advantage 0, and so does the only judged completion of its group.
+
+    Args:
+        rewards: row p*G+g is completion g of prompt p.
+        group_size: G.
+        scale: which standard deviation (ddof=1) divides: the group's, the whole batch's, or none
+            (Dr. GRPO, arXiv:2503.20783).
+    """
+    groups = _groups(rewards, group_size)
+    advantages = groups - _mean(groups)
+    if scale != "none":
+        advantages = advantages / (_scale_std(groups, scale) + STD_EPS)
+    return np.where(np.isnan(advantages), 0.0, advantages).reshape(-1).astype(np.float32)
+
+
+def reward_metrics(
+    rewards: Float[np.ndarray, " B"],
+    group_size: int,
+    scale: RewardScale = "group",
+    by_function: Mapping[str, Float[np.ndarray, " B"]] | None = None,
+) -> dict[str, float]:
+    """TRL's reward metrics of one step.
+
+    `frac_reward_zero_std` is the share of rows whose group (under `batch`: whose batch) has equal
+    rewards and hence no gradient; `reward_std` is over the whole batch whatever the scale.
+
+    Args:
+        rewards: the weighted sum, one per row; NaN where there is none.
+        group_size: G.
+        scale: as in `compute_advantages`.
+        by_function: reward function name -> its own unweighted rewards.
+    """
+    groups = _groups(rewards, group_size)
+    everything = groups.reshape(1, -1)
+    metrics = {
+        "reward": float(_mean(everything).item()),
+        "reward_std": float(_std(everything).item()),
+        "frac_reward_zero_std": float(np.isclose(_scale_std(groups, scale), 0.0).mean()),
+    }
+    for name, values in (by_function or {}).items():
+        row = np.asarray(values, np.float64).reshape(1, -1)
+        metrics[f"rewards/{name}/mean"] = float(_mean(row).item())
+        metrics[f"rewards/{name}/std"] = float(_std(row).item())
+    return metrics
+
+
+def _groups(rewards: np.ndarray, group_size: int) -> np.ndarray:
+    rewards = np.asarray(rewards, np.float64)
+    assert rewards.ndim == 1, rewards.shape
+    assert rewards.size % group_size == 0, (rewards.size, group_size)
+    return rewards.reshape(-1, group_size)
+
+
+def _scale_std(groups: np.ndarray, scale: RewardScale) -> np.ndarray:
+    """[P, 1]; `none` reports the group's, which then serves the metrics only."""
+    if scale == "batch":
+        return np.broadcast_to(_std(groups.reshape(1, -1)), (len(groups), 1))
+    return _std(groups)
+
+
+def _mean(rows: np.ndarray) -> np.ndarray:
+    """Mean of each row's numbers, NaN if it has none; numpy's nanmean would warn about those."""
+    count = np.sum(~np.isnan(rows), axis=1, keepdims=True)
+    total = np.nansum(rows, axis=1, keepdims=True)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _std(rows: np.ndarray) -> np.ndarray:
+    """Standard deviation of each row's numbers with ddof=1, NaN if it has fewer than two."""
+    count = np.sum(~np.isnan(rows), axis=1, keepdims=True)
+    squares = np.nansum((rows - _mean(rows)) ** 2, axis=1, keepdims=True)
+    return np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)

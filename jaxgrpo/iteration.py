@@ -1,0 +1,349 @@
+"""One iteration: prompts, rollout, rewards, advantages, optimizer updates, and their metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxgrpo.config import ConfigError
+from jaxgrpo.data import decode_completions, gold_completions, train_rows
+from jaxgrpo.grpo.advantages import compute_advantages, reward_metrics
+from jaxgrpo.grpo.optimizer import make_optimizer
+from jaxgrpo.grpo.step import make_logprobs, make_train_step
+from jaxgrpo.mesh import Purpose, batch_shards, fold_key, shard_rows, to_host
+from jaxgrpo.model.api import make_decode_weights
+from jaxgrpo.packing import pack_rows
+from jaxgrpo.rewards import combine_rewards
+from jaxgrpo.session import Session
+from jaxgrpo.types import (
+    FINISH_LENGTH,
+    FINISH_REASONS,
+    PromptBatch,
+    Rollout,
+    StepMetrics,
+    TrainBatch,
+    TrainState,
+    Tree,
+    check_rollout,
+)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The compiled programs of a run; each takes the plan as an argument."""
+
+    generate: Callable[..., Rollout]
+    generate_eval: Callable[..., Rollout]
+    logprobs: Callable[..., jax.Array]
+    train_step: Callable[..., Any]
+    optimizer: optax.GradientTransformation
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step leaves on the host."""
+
+    metrics: dict[str, float]
+    layer_grad_norms: dict
+    completions: list[dict]
+    batch: TrainBatch
+
+
+def make_programs(session: Session) -> Programs:
+    config = session.config
+    optimizer = make_optimizer(config.optim, config.steps * config.grpo.num_iterations)
+    return Programs(
+        generate=session.make_generate(evaluation=False),
+        generate_eval=session.make_generate(evaluation=True),
+        logprobs=make_logprobs(
+            session.model_config,
+            config.rollout.temperature,
+            config.grpo.logprob_chunk_tokens,
+            "none",
+            config.grpo.micro_batches,
+        ),
+        train_step=make_train_step(
+            session.model_config,
+            config.grpo,
+            config.rollout.temperature,
+            config.rollout.max_completion_tokens,
+            config.model.remat,
+            optimizer,
+            objective=config.objective,
+            weight_grad_norms=config.weight_grad_norms,
+        ),
+        optimizer=optimizer,
+    )
+
+
+def run_step(
+    session: Session, programs: Programs, state: TrainState, step: int
+) -> tuple[TrainState, StepResult]:
+    """One batch and its optimizer updates."""
+    run = grpo_step if session.config.objective == "grpo" else sft_step
+    return run(session, programs, state, step)
+
+
+def grpo_step(
+    session: Session, programs: Programs, state: TrainState, step: int
+) -> tuple[TrainState, StepResult]:
+    """One rollout and its optimizer updates."""
+    config = session.config
+    clock = Clock()
+    prompts, host = sample_rollout(session, programs, state.lora, step)
+    clock.lap("rollout")
+    texts = decode_completions(session.tokenizer, host.tokens, host.lengths)
+    rewards, by_function = score(session, prompts, texts, host)
+    advantages = compute_advantages(rewards, config.grpo.group_size, config.grpo.scale_rewards)
+    clock.lap("reward")
+    batch = make_train_batch(session, programs, state.lora, prompts, host, advantages)
+    reports = []
+    for _ in range(config.grpo.num_iterations):
+        state, report = programs.train_step(state, session.base, session.device_plan, batch)
+        reports.append(report)
+    scalars, norms = mean_report(to_host(reports))
+    clock.lap("train")
+    metrics = scalars | reward_metrics(
+        rewards, config.grpo.group_size, config.grpo.scale_rewards, by_function
+    )
+    metrics |= step_metrics(prompts, host, clock)
+    return state, StepResult(
+        metrics,
+        norms,
+        completion_records(prompts, texts, host, rewards, by_function, advantages),
+        batch,
+    )
+
+
+def sft_step(
+    session: Session, programs: Programs, state: TrainState, step: int
+) -> tuple[TrainState, StepResult]:
+    """One supervised update on gold answers: as many rows as a GRPO step has."""
+    clock = Clock()
+    prompts, gold = gold_rollout(session, step)
+    clock.lap("rollout")
+    ones = np.ones(len(gold.lengths), np.float32)
+    batch = make_train_batch(session, programs, state.lora, prompts, gold, ones)
+    state, report = programs.train_step(state, session.base, session.device_plan, batch)
+    scalars, norms = mean_report([to_host(report)])
+    clock.lap("train")
+    return state, StepResult(scalars | step_metrics(prompts, gold, clock), norms, [], batch)
+
+
+def gold_rollout(session: Session, step: int) -> tuple[PromptBatch, Rollout]:
+    """The prompts of a supervised step with their gold answers in a rollout's place."""
+    config = session.config
+    prompts = session.train_prompts.batch(config.seed, step, config.grpo.rows_per_step)
+    rollout = gold_completions(
+        session.tokenizer, prompts.answers, config.rollout.max_completion_tokens
+    )
+    return prompts, trim_rollout(rollout)
+
+
+def sample_rollout(
+    session: Session, programs: Programs, lora: Tree, step: int
+) -> tuple[PromptBatch, Rollout]:
+    """The prompts of a step and the policy's completions, on the host and trimmed."""
+    config = session.config
+    prompts = session.train_prompts.batch(config.seed, step, config.grpo.prompts_per_step)
+    weights = make_decode_weights(
+        session.model_config,
+        session.base,
+        lora,
+        session.device_plan,
+        config.rollout.merge_lora,
+    )
+    tokens, mask = shard_rows(session.mesh, (prompts.tokens, prompts.mask))
+    key = fold_key(config.seed, step, Purpose.ROLLOUT)
+    rollout = programs.generate(weights, tokens, mask, key)
+    check_rollout(rollout)
+    return prompts, trim_rollout(to_host(rollout))
+
+
+def step_metrics(prompts: PromptBatch, rollout: Rollout, clock: Clock) -> dict[str, float]:
+    """Lengths, times and throughput of a step."""
+    metrics = completion_metrics(rollout) | clock.metrics()
+    group = len(rollout.lengths) // len(prompts.texts)
+    sampled = int(rollout.lengths.sum())
+    seen = int(prompts.mask.sum()) * group + sampled
+    metrics["num_tokens"] = float(seen)
+    metrics["throughput/rollout_tokens_per_s"] = sampled / max(clock.laps["rollout"], 1e-9)
+    metrics["throughput/train_tokens_per_s"] = seen / max(clock.laps["train"], 1e-9)
+    metrics["throughput/tokens_per_s"] = sampled / max(clock.total, 1e-9)
+    return metrics
+
+
+def mean_report(reports: list[StepMetrics]) -> tuple[dict[str, float], dict]:
+    """Scalars and layer norms of a step, averaged over its inner iterations."""
+    mean = jax.tree.map(lambda *values: np.mean(values, axis=0), *reports)
+    scalars = {name: float(value) for name, value in mean.scalars.items()}
+    # A running count, not a measurement of one update.
+    scalars["grpo/skipped_updates"] = float(reports[-1].scalars["grpo/skipped_updates"])
+    return scalars, mean.layer_grad_norms
+
+
+def trim_rollout(rollout: Rollout) -> Rollout:
+    """Cuts padding that every row shares, so that training does not compute on it.
+
+    Widths are multiples of an eighth of the cap (at least 16), so at most eight programs compile.
+    """
+    cap = rollout.tokens.shape[1]
+    bucket = max(16, -(-cap // 8))
+    width = min(cap, -(-int(rollout.lengths.max()) // bucket) * bucket)
+    return dataclasses.replace(
+        rollout,
+        tokens=rollout.tokens[:, :width],
+        mask=rollout.mask[:, :width],
+        logprobs=rollout.logprobs[:, :width],
+    )
+
+
+def score(
+    session: Session, prompts: PromptBatch, texts: list[str], rollout: Rollout
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The weighted reward of every row, and each function's own."""
+    config = session.config
+    group = config.grpo.group_size
+    try:
+        total, by_function = combine_rewards(
+            session.rewards,
+            list(config.rewards.values()),
+            texts,
+            [answer for answer in prompts.answers for _ in range(group)],
+            timeout_s=config.reward_timeout_s,
+            prompts=[text for text in prompts.texts for _ in range(group)],
+            completion_lengths=rollout.lengths.tolist(),
+            max_completion_tokens=config.rollout.max_completion_tokens,
+            finish_reasons=[FINISH_REASONS[i] for i in rollout.finish_reasons],
+        )
+    except ValueError as error:
+        raise ConfigError(f"rewards: {error}") from None
+    as_array = {
+        name: np.array([np.nan if v is None else v for v in values])
+        for name, values in by_function.items()
+    }
+    return np.asarray(total), as_array
+
+
+def make_train_batch(
+    session: Session,
+    programs: Programs,
+    lora: Tree,
+    prompts: PromptBatch,
+    rollout: Rollout,
+    advantages: np.ndarray,
+) -> TrainBatch:
+    """Rows on the devices, packed, with old and reference log-probs where the objective needs them.
+
+    Packing may reorder the rows; nothing that follows depends on their order.
+    """
+    grpo = session.config.grpo
+    mask = np.asarray(rollout.mask, np.float32)
+    if grpo.mask_truncated_completions:
+        mask = mask * (np.asarray(rollout.finish_reasons) != FINISH_LENGTH)[:, None]
+    group = len(rollout.lengths) // len(prompts.texts)
+    rows, prompt_lengths = train_rows(prompts, rollout.tokens, rollout.lengths, group)
+    packed = pack_rows(
+        rows,
+        prompt_lengths,
+        np.asarray(rollout.tokens),
+        np.asarray(rollout.lengths),
+        group_size=group,
+        micro_batches=grpo.micro_batches,
+        shards=batch_shards(session.mesh),
+        sizes=bin_sizes(),
+    )
+    arrays: dict[str, Any] = {
+        "tokens": rows,
+        "prompt_lengths": prompt_lengths,
+        "completion_tokens": rollout.tokens,
+        "loss_mask": mask,
+        "advantages": advantages,
+        "sampler_logprobs": rollout.logprobs,
+    }
+    if packed is not None:
+        order, packing = packed
+        arrays = {name: np.asarray(values)[order] for name, values in arrays.items()}
+        arrays["packing"] = packing
+    batch = TrainBatch(**shard_rows(session.mesh, arrays))
+    if session.config.objective == "sft":
+        return batch
+    scored = (batch.tokens, batch.prompt_lengths, batch.completion_tokens, batch.packing)
+    if grpo.num_iterations > 1:
+        old = programs.logprobs(session.base, lora, session.device_plan, *scored)
+        batch = dataclasses.replace(batch, old_logprobs=old)
+    if grpo.kl_coef > 0:
+        ref = programs.logprobs(session.base, None, None, *scored)
+        batch = dataclasses.replace(batch, ref_logprobs=ref)
+    return batch
+
+
+def bin_sizes() -> int:
+    """How many sizes a bin of packed tokens may have. On CPU another program takes longer to
+    compile than padding costs; there each prompt still runs once for its group."""
+    return 1 if jax.default_backend() == "cpu" else 16
+
+
+def completion_metrics(rollout: Rollout) -> dict[str, float]:
+    """TRL's `completions/` metrics; `terminated` are those that ended by themselves."""
+    lengths = np.asarray(rollout.lengths)
+    ended = lengths[np.asarray(rollout.finish_reasons) != FINISH_LENGTH]
+    metrics = {"completions/clipped_ratio": 1.0 - len(ended) / len(lengths)}
+    for name, values in (("", lengths), ("terminated_", ended if len(ended) else np.zeros(1))):
+        for statistic in ("mean", "min", "max"):
+            metrics[f"completions/{statistic}_{name}length"] = float(getattr(values, statistic)())
+    return metrics
+
+
+def completion_records(
+    prompts: PromptBatch,
+    texts: list[str],
+    rollout: Rollout,
+    rewards: np.ndarray,
+    by_function: dict[str, np.ndarray],
+    advantages: np.ndarray,
+) -> list[dict]:
+    """One record per completion, for the table and for completions/ on disk."""
+    group = len(texts) // len(prompts.texts)
+    return [
+        {
+            "prompt": prompts.texts[row // group],
+            "problem": prompts.indices[row // group],
+            "completion": text,
+            "answer": prompts.answers[row // group],
+            "reward": float(rewards[row]),
+            "rewards": {name: float(values[row]) for name, values in by_function.items()},
+            "advantage": float(advantages[row]),
+            "tokens": int(rollout.lengths[row]),
+            "finish_reason": FINISH_REASONS[int(rollout.finish_reasons[row])],
+        }
+        for row, text in enumerate(texts)
+    ]
+
+
+class Clock:
+    """Seconds per phase of a step."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return self._last - self._start
+
+    def metrics(self) -> dict[str, float]:
+        """Under `time/`, and the whole as TRL's `step_time`."""
+        return {f"time/{name}_s": s for name, s in self.laps.items()} | {"step_time": self.total}

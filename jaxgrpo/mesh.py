@@ -1,0 +1,165 @@
+"""The device mesh, the one table from logical to mesh axes, and the sampling keys.
+
+Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits the frozen weights along the embed
+axis, `model` splits heads, mlp and vocabulary. Axis types are Auto: the compiler places what the
+table leaves open.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxgrpo.config import ConfigError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "model")
+
+AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
+    "layers": None,
+    "vocab": "model",
+    "embed": "fsdp",
+    "q_heads": "model",
+    # Qwen2.5 has 2 key/value heads up to 3B and 4 at 7B, fewer than a model axis may have devices.
+    "kv_heads": None,
+    "head_dim": None,
+    "mlp": "model",
+    "rank": None,
+    "norm": None,
+    "act_batch": ("data", "fsdp"),
+    "act_length": None,
+    "act_embed": None,
+    "act_heads": "model",
+    "act_kv_heads": None,
+    "act_mlp": "model",
+    "act_vocab": "model",
+}
+
+
+class Purpose(enum.IntEnum):
+    """What a random key is for. Keys fold from (seed, step, purpose), so none is used twice."""
+
+    LORA_INIT = 0
+    ROLLOUT = 1
+    EVAL = 2
+
+
+def fold_key(seed: int, step: int, purpose: Purpose) -> jax.Array:
+    """The key of one purpose at one step; nothing needs to be carried or saved."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh over `devices` (default: all), with one size of -1 filled in.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [config.data, config.fsdp, config.model]
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes:
+        if len(devices) % fixed:
+            raise ConfigError(
+                f"mesh: the fixed axes take {fixed} devices, which does not divide {len(devices)}"
+            )
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if int(np.prod(sizes)) != len(devices):
+        raise ConfigError(
+            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, "
+            f"there are {len(devices)}; leave one size at -1 to fit"
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def partition_spec(logical: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions have these logical names.
+
+    Raises:
+        KeyError: a name that AXIS_RULES does not have.
+    """
+    return PartitionSpec(*(None if name is None else AXIS_RULES[name] for name in logical))
+
+
+def sharding(mesh: Mesh, logical: Sequence[str | None]) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(logical))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Constrains `x` inside a jitted function; without a mesh there is nothing to constrain.
+
+    Raises:
+        KeyError: a name that AXIS_RULES does not have, mesh or not.
+        ValueError: a wrong number of names.
+    """
+    spec = partition_spec(logical)
+    if len(logical) != x.ndim:
+        raise ValueError(f"{len(logical)} axis names {logical} for an array of shape {x.shape}")
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def gpu_options() -> dict[str, bool] | None:
+    """Compiler options that the programs want on GPU; they go with each program, so that nothing
+    depends on the user's XLA_FLAGS."""
+    if jax.default_backend() != "gpu":
+        return None
+    # cuBLAS beats Triton's matrix products in decoding, by a quarter of the whole loop.
+    return {"xla_gpu_enable_triton_gemm": False}
+
+
+def on_one_device() -> bool:
+    """Whether the program being traced runs on one device: no mesh, or a mesh of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
+def batch_parts() -> int:
+    """Into how many parts the mesh of the program being traced splits the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch axis is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def shard_rows(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays -> global arrays split along their first axis. The one way onto the devices."""
+
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        spec = sharding(mesh, ("act_batch", *(None,) * (x.ndim - 1)))
+        return jax.make_array_from_callback(x.shape, spec, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays -> global arrays, whole on every device."""
+
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(
+            x.shape, NamedSharding(mesh, PartitionSpec()), lambda index: x[index]
+        )
+
+    return jax.tree.map(put, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Global arrays -> numpy, on every process. The one way off the devices."""
+
+    def fetch(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(fetch, tree)

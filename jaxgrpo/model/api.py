@@ -1,0 +1,261 @@
+"""The model as pure functions over pytrees: what every other folder imports.
+
+base: {"embed_tokens": [V, D], "layers": {module: {"kernel": [L, in, out], "bias": [L, out]},
+"input_layernorm": {"scale": [L, D]}, "post_attention_layernorm": ...}, "norm": {"scale": [D]},
+"lm_head": [V, D] if untied}. lora: {module: {"a": [L, in, R], "b": [L, R, out]}}, float32.
+The decode form has the same leaves with `layers` a tuple of one tree per layer, because slicing
+stacked weights inside the decode loop would copy every one of them at every token.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxgrpo.config import MODULES
+from jaxgrpo.mesh import on_one_device
+from jaxgrpo.model.head import token_logprobs
+from jaxgrpo.model.kv_cache import LayerCache, cache_slots, init_completion_cache
+from jaxgrpo.model.lora import delta_kernel, device_plan, init_lora, plan_collection
+from jaxgrpo.model.packing import completions_from_scored, rows_from_bins, scored_from_rows
+from jaxgrpo.model.presets import PRESETS, Qwen2Config
+from jaxgrpo.model.qwen2 import (
+    Block,
+    Qwen2,
+    RMSNorm,
+    choose_remat,
+    join_kernels,
+    rotary_tables,
+)
+from jaxgrpo.types import LoraPlan, Packing, Tree
+
+__all__ = [
+    "PRESETS",
+    "Qwen2Config",
+    "base_logical_axes",
+    "cache_slots",
+    "completion_logprobs",
+    "decode_step",
+    "device_plan",
+    "hidden_states",
+    "init_base",
+    "init_completion_cache",
+    "init_lora",
+    "input_moments",
+    "logits",
+    "lora_logical_axes",
+    "make_decode_weights",
+    "prefill",
+]
+
+
+def init_base(config: Qwen2Config, key: jax.Array) -> Tree:
+    """Random weights (normal, 0.02), for tests and benchmarks."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Qwen2(config).init(key, tokens, tokens, None)["params"]  # type: ignore[return-value]
+
+
+def base_logical_axes(config: Qwen2Config) -> Tree:
+    """Logical axis names of every leaf of `base`."""
+    ins_outs = _module_axes()
+    layers: Tree = {}
+    for module, (in_axis, out_axis) in ins_outs.items():
+        layers[module] = {"kernel": ("layers", in_axis, out_axis)}
+        if module in ("q_proj", "k_proj", "v_proj"):
+            layers[module]["bias"] = ("layers", out_axis)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        layers[norm] = {"scale": ("layers", "norm")}
+    axes: Tree = {
+        "embed_tokens": ("vocab", "embed"),
+        "layers": layers,
+        "norm": {"scale": ("norm",)},
+    }
+    if not config.tie_word_embeddings:
+        axes["lm_head"] = ("vocab", "embed")
+    return axes
+
+
+def lora_logical_axes(modules: tuple[str, ...]) -> Tree:
+    """Logical axis names of every leaf of `lora`."""
+    ins_outs = _module_axes()
+    return {
+        module: {
+            "a": ("layers", ins_outs[module][0], "rank"),
+            "b": ("layers", "rank", ins_outs[module][1]),
+        }
+        for module in modules
+    }
+
+
+def _module_axes() -> dict[str, tuple[str, str]]:
+    axes = dict.fromkeys(MODULES, ("embed", "mlp"))
+    axes |= {"q_proj": ("embed", "q_heads"), "o_proj": ("q_heads", "embed")}
+    axes |= {"k_proj": ("embed", "kv_heads"), "v_proj": ("embed", "kv_heads")}
+    return axes | {"down_proj": ("mlp", "embed")}
+
+
+def hidden_states(
+    config: Qwen2Config,
+    base: Tree,
+    lora: Tree | None,
+    plan: LoraPlan | None,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"] | None = None,
+    remat: str = "none",
+    packing: Packing | None = None,
+) -> Float[Array, "B T D"]:
+    """Final-norm hidden states of whole rows.
+
+    Args:
+        mask: True on real tokens, needed for left padding only: then it hides padding keys and
+            positions count real tokens. Right padding needs none, causality hides it.
+        lora, plan: None switches the adapters off: the base model.
+        packing: the same rows packed; then they are computed so.
+    """
+    if packing is not None:
+        assert mask is None, "packed rows have no padding to hide"
+        tokens, positions = packing.tokens, packing.positions
+    elif mask is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+    else:
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    remat = choose_remat(config, remat, tokens.size)
+    variables: Tree = {"params": base}
+    if lora is not None and plan is not None:
+        variables |= {"lora": {"layers": lora}, "plan": {"layers": plan_collection(plan)}}
+    hidden = Qwen2(config, remat).apply(variables, tokens, positions, mask, packing)
+    return hidden if packing is None else rows_from_bins(hidden, packing)  # type: ignore[return-value,arg-type]
+
+
+def input_moments(
+    config: Qwen2Config, base: Tree, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Tree:
+    """What goes into each projection of the base model: module -> {"sum": [L, in],
+    "outer": [L, in, in]}, summed over the real tokens of right-padded rows."""
+    rows = {"layers": {module: {"mask": mask} for module in MODULES}}
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+    _, found = Qwen2(config).apply(
+        {"params": base, "rows": rows}, tokens, positions, None, mutable=["moments"]
+    )  # type: ignore[misc]
+    layers = found["moments"]["layers"]
+    return {module: {name: x[0] for name, x in layers[module].items()} for module in MODULES}
+
+
+def head_table(config: Qwen2Config, weights: Tree) -> Float[Array, "V D"]:
+    return weights["embed_tokens" if config.tie_word_embeddings else "lm_head"]
+
+
+def logits(config: Qwen2Config, weights: Tree, hidden: Float[Array, "... D"]) -> jax.Array:
+    """float32 [..., V]; `weights` in either form."""
+    table = head_table(config, weights)
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
+def completion_logprobs(
+    config: Qwen2Config,
+    base: Tree,
+    lora: Tree | None,
+    plan: LoraPlan | None,
+    tokens: Int[Array, "B T"],
+    prompt_lengths: Int[Array, " B"],
+    completion_tokens: Int[Array, "B C"],
+    *,
+    temperature: float,
+    chunk_tokens: int,
+    remat: str,
+    packing: Packing | None = None,
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Log-prob of every completion token, and the entropy of its distribution, both float32.
+
+    The distribution is softmax(logits / temperature). Logits exist for about `chunk_tokens` tokens
+    at a time, in the backward pass too: [B, T, V] never does. Values off a row's completion mean
+    nothing and are finite.
+    """
+    hidden = hidden_states(config, base, lora, plan, tokens, remat=remat, packing=packing)
+    table = head_table(config, base)
+    if packing is not None:
+        hidden = scored_from_rows(hidden, packing)
+        found = token_logprobs(table, hidden, packing.targets, temperature, chunk_tokens)
+        logprobs, entropy = cast(tuple[jax.Array, jax.Array], found)
+        return completions_from_scored(logprobs, packing), completions_from_scored(entropy, packing)
+    width = completion_tokens.shape[1]
+    # The hidden state before a token predicts it.
+    index = prompt_lengths[:, None] - 1 + jnp.arange(width)[None, :]
+    index = jnp.minimum(index, tokens.shape[1] - 1)
+    hidden = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
+    return token_logprobs(table, hidden, completion_tokens, temperature, chunk_tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def make_decode_weights(
+    config: Qwen2Config, base: Tree, lora: Tree | None, plan: LoraPlan | None, merge: bool
+) -> Tree:
+    """The sampler's copy of the weights: layers unstacked, adapters folded in or carried along."""
+    stacked = {"params": dict(base["layers"])}
+    carried = lora is not None and not merge
+    if lora is not None and plan is not None:
+        if merge:
+            for module in lora:
+                kernel = base["layers"][module]["kernel"]
+                delta = delta_kernel(lora, plan, module)
+                merged = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+                stacked["params"][module] = {**base["layers"][module], "kernel": merged}
+        else:
+            stacked |= {"lora": lora, "plan": plan_collection(plan)}
+    if on_one_device() and not carried:
+        stacked["params"] = join_kernels(stacked["params"])
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_layers))
+    return {**base, "layers": layers}
+
+
+def prefill(
+    config: Qwen2Config,
+    weights: Tree,
+    tokens: Int[Array, "P S"],
+    mask: Bool[Array, "P S"],
+) -> tuple[Float[Array, "P D"], tuple[LayerCache, ...]]:
+    """Runs left-padded prompts; returns the hidden state of the last token and the caches."""
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    rope = rotary_tables(config, positions)
+    x = jnp.take(weights["embed_tokens"], tokens, axis=0)
+    caches = []
+    for layer in weights["layers"]:
+        x, cache = _block(config, layer).apply(layer, x, rope, mask, method="with_cache")  # type: ignore[misc]
+        caches.append(cache)
+    return _final_norm(config, weights, x[:, -1]), tuple(caches)
+
+
+def decode_step(
+    config: Qwen2Config,
+    weights: Tree,
+    prompt_cache: tuple[LayerCache, ...],
+    prompt_mask: Bool[Array, "P S"],
+    cache: tuple[LayerCache, ...],
+    tokens: Int[Array, " B"],
+    t: Int[Array, ""],
+) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
+    """Feeds the completion token with index `t` of every row; row p*G+g belongs to prompt p."""
+    group = tokens.shape[0] // prompt_mask.shape[0]
+    positions = jnp.repeat(jnp.sum(prompt_mask, axis=1), group) + t
+    rope = rotary_tables(config, positions)
+    x = jnp.take(weights["embed_tokens"], tokens, axis=0)
+    new_cache = []
+    for layer, prompt, completion in zip(weights["layers"], prompt_cache, cache, strict=True):
+        x, completion = _block(config, layer).apply(  # type: ignore[misc]
+            layer, x, rope, prompt, prompt_mask, completion, t, method="decode"
+        )
+        new_cache.append(completion)
+    return _final_norm(config, weights, x), tuple(new_cache)
+
+
+def _block(config: Qwen2Config, layer: Tree) -> Block:
+    return Block(config, joined="qkv" in layer["params"])
+
+
+def _final_norm(config: Qwen2Config, weights: Tree, x: jax.Array) -> jax.Array:
+    norm = RMSNorm(config.rms_norm_eps, config.compute_dtype)
+    return norm.apply({"params": weights["norm"]}, x)  # type: ignore[return-value]

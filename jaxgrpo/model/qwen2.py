@@ -1,0 +1,316 @@
+"""Qwen2 in Flax Linen: the layers scanned for training, one by one for decoding.
+
+Follows transformers' Qwen2 (RMSNorm, rotary embedding, grouped-query attention with QKV bias,
+SwiGLU). Norms, rotary tables, softmax and logits are float32; the rest in the config's dtype.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxgrpo.mesh import batch_parts, constrain, on_one_device
+from jaxgrpo.model.kv_cache import LayerCache, attend_caches, write_slot
+from jaxgrpo.model.lora import LoRADense, project, project_joined
+from jaxgrpo.model.packing import bins_from_rows, rows_from_bins
+from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.types import Packing, Tree
+
+Rope = tuple[jax.Array, jax.Array]
+"""cos, sin: float32 [..., H/2]."""
+
+JOINED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
+"""Projections of one input, and the name of their common matrix in the sampler's weights."""
+
+PRODUCTS = ("q", "k", "v", "attended", "residual", "gate_up", "down")
+"""What a backward pass needs that only a matrix product or attention could make again; `down` is
+an adapter's inner value."""
+
+
+def rotary_tables(config: Qwen2Config, positions: Int[Array, "..."]) -> Rope:
+    """cos and sin of position * theta^(-2i/H), in float32."""
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponent)
+    angles = positions[..., None].astype(jnp.float32) * frequencies.reshape(
+        (1,) * positions.ndim + (-1,)
+    )
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary(x: Float[Array, "... heads H"], rope: Rope) -> Float[Array, "... heads H"]:
+    """Rotates the two halves of each head (the "rotate_half" layout), in float32."""
+    cos, sin = (table[..., None, :] for table in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    mask: Bool[Array, "B T"] | None,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query causal attention; `mask` hides padding keys (needed for left padding only)."""
+    # cuDNN's kernel has no float32 form and wants no explicit mask; plain XLA takes everything.
+    if mask is None and q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    rows, length, heads, head_dim = q.shape
+    groups = k.shape[2]
+    # Queries that share a key head stand under each other, so that each product is one plain
+    # matrix product per row and key head: on CPU three times as fast as one over five axes.
+    q = q.reshape(rows, length, groups, heads // groups, head_dim)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, head_dim)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    if mask is not None:
+        seen = seen & mask[:, None, None, :]
+    seen = jnp.tile(seen, (1, 1, heads // groups, 1))
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(v.dtype)
+    attended = jnp.matmul(weights, v).reshape(rows, groups, heads // groups, length, head_dim)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
+
+
+@jax.custom_vjp
+def swiglu(both: Float[Array, "... 2F"]) -> Float[Array, "... F"]:
+    """silu(gate) * up of [gate | up]; the gradient comes back side by side too, where autodiff
+    would write its halves first and join them afterwards."""
+    gate, up = jnp.split(both, 2, axis=-1)
+    return nn.silu(gate) * up
+
+
+def _swiglu_forward(both: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return swiglu(both), both
+
+
+def _swiglu_backward(both: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    gate, up = jnp.split(both, 2, axis=-1)
+    gate, up, dy = (x.astype(jnp.float32) for x in (gate, up, dy))
+    open_ = jax.nn.sigmoid(gate)
+    halves = dy * up * open_ * (1.0 + gate * (1.0 - open_)), dy * gate * open_
+    return (jnp.concatenate(halves, axis=-1).astype(both.dtype),)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32."""
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.dtype)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.epsilon)
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x32.astype(self.dtype) * scale).astype(self.dtype)
+
+
+def fuse_adapters() -> bool:
+    """Whether adapters are worth their place inside the frozen products (`lora.fused_product`)."""
+    return on_one_device() and jax.default_backend() == "gpu"
+
+
+class Block(nn.Module):
+    """One layer. Its three methods differ only in where keys and values come from.
+
+    Attributes:
+        joined: the weights are the sampler's (`join_kernels`): one matrix for q, k and v, one for
+            gate and up.
+    """
+
+    config: Qwen2Config
+    joined: bool = False
+
+    def setup(self) -> None:
+        config, dtype = self.config, self.config.compute_dtype
+        self.input_layernorm = RMSNorm(config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(config.rms_norm_eps, dtype)
+        for module, (in_features, features) in self._shapes().items():
+            use_bias = module in ("qkv", "q_proj", "k_proj", "v_proj")
+            setattr(self, module, LoRADense(in_features, features, use_bias, dtype))
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        shapes = dict(self.config.module_shapes)
+        if self.joined:
+            for name, parts in JOINED.items():
+                in_features = shapes[parts[0]][0]
+                shapes[name] = (in_features, sum(shapes.pop(part)[1] for part in parts))
+        return shapes
+
+    def _project(self, x: jax.Array, *modules: str) -> list[jax.Array]:
+        """Outputs of projections that share the input."""
+        if self.joined and len(modules) > 1:
+            widths = np.cumsum([self.config.module_shapes[module][1] for module in modules])
+            return jnp.split(self._project_joined(x, *modules), widths[:-1], axis=-1)
+        dense = [getattr(self, module) for module in modules]
+        for module in dense:
+            module.watch(x)
+        return project(x, [module.weights() for module in dense], fused=fuse_adapters())
+
+    def _project_joined(self, x: jax.Array, *modules: str) -> jax.Array:
+        """The same side by side."""
+        if self.joined:
+            modules = tuple(name for name, parts in JOINED.items() if parts == modules)
+        return project_joined(x, [getattr(self, module).weights() for module in modules])
+
+    def _qkv(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        h = self.input_layernorm(x)
+        heads = (*x.shape[:-1], -1, self.config.head_dim)
+        q, k, v = (y.reshape(heads) for y in self._project(h, "q_proj", "k_proj", "v_proj"))
+        q, k = apply_rotary(q, rope), apply_rotary(k, rope)
+        return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+
+    def _finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        (update,) = self._project(attended.reshape(*x.shape[:-1], -1), "o_proj")
+        x = checkpoint_name(x + update, "residual")
+        h = self.post_attention_layernorm(x)
+        (update,) = self._project(self._gated(h), "down_proj")
+        return x + update
+
+    def _gated(self, h: jax.Array) -> jax.Array:
+        """silu(gate) * up."""
+        if self.joined or fuse_adapters():
+            both = self._project_joined(h, "gate_proj", "up_proj")
+            return swiglu(checkpoint_name(both, "gate_up"))
+        gate, up = self._project(h, "gate_proj", "up_proj")
+        return nn.silu(checkpoint_name(gate, "gate_up")) * checkpoint_name(up, "gate_up")
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        mask: Bool[Array, "B T"] | None,
+        packing: Packing | None,
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Whole rows, or with a packing bins of tokens; the shape that nn.scan wants."""
+        if packing is None:
+            x, _ = self.with_cache(x, rope, mask)
+            return x, None
+        q, k, v = (rows_from_bins(y, packing) for y in self._qkv(x, rope))
+        q = constrain(q, "act_batch", "act_length", "act_heads", "head_dim")
+        attended = bins_from_rows(causal_attention(q, k, v, None), packing)
+        x = self._finish(x, checkpoint_name(attended, "attended"))
+        return constrain(x, "act_batch", "act_length", "act_embed"), None
+
+    def with_cache(
+        self, x: Float[Array, "B T D"], rope: Rope, mask: Bool[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Whole rows, and their keys and values for decoding."""
+        q, k, v = self._qkv(x, rope)
+        q = constrain(q, "act_batch", "act_length", "act_heads", "head_dim")
+        attended = checkpoint_name(causal_attention(q, k, v, mask), "attended")
+        x = self._finish(x, attended)
+        x = constrain(x, "act_batch", "act_length", "act_embed")
+        return x, {"k": k.transpose(0, 2, 1, 3), "v": v.transpose(0, 2, 1, 3)}
+
+    def decode(
+        self,
+        x: Float[Array, "B D"],
+        rope: Rope,
+        prompt: LayerCache,
+        prompt_mask: Bool[Array, "P S"],
+        completion: LayerCache,
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B D"], LayerCache]:
+        """One token per row."""
+        q, k, v = self._qkv(x, rope)
+        completion = write_slot(completion, k, v, slot)
+        attended = attend_caches(q, prompt, prompt_mask, completion, slot)
+        return constrain(self._finish(x, attended), "act_batch", "act_embed"), completion
+
+
+def join_kernels(layers: Tree) -> Tree:
+    """The same layers with projections of one input as one matrix (JOINED): fewer, larger products
+    where each has few rows."""
+    joined = dict(layers)
+    for name, parts in JOINED.items():
+        pieces = [joined.pop(part) for part in parts]
+        joined[name] = {
+            leaf: jnp.concatenate([piece[leaf] for piece in pieces], axis=-1) for leaf in pieces[0]
+        }
+    return joined
+
+
+class Qwen2(nn.Module):
+    """Embedding, scanned layers, final norm. Returns hidden states; the head is `api.logits`."""
+
+    config: Qwen2Config
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T"] | None,
+        packing: Packing | None = None,
+    ) -> Float[Array, "B T D"]:
+        config = self.config
+        dtype = config.compute_dtype
+        table = self.param(
+            "embed_tokens",
+            nn.initializers.normal(0.02),
+            (config.vocab_size, config.hidden_size),
+            dtype,
+        )
+        if not config.tie_word_embeddings:
+            shape = (config.vocab_size, config.hidden_size)
+            self.param("lm_head", nn.initializers.normal(0.02), shape, dtype)
+        x = constrain(jnp.take(table, tokens, axis=0), "act_batch", "act_length", "act_embed")
+        layers = nn.scan(
+            rematerialised(Block, self.remat),
+            variable_axes={"params": 0, "lora": 0, "plan": 0, "moments": 0},
+            variable_broadcast="rows",
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,  # type: ignore[arg-type]
+            length=config.num_layers,
+            unroll=config.num_layers if unroll_layers(self.remat) else 1,
+        )(config, name="layers")
+        x, _ = layers(x, rotary_tables(config, positions), mask, packing)
+        return RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
+
+
+def rematerialised(block: type[Block], remat: str) -> type[Block]:
+    """`block` under the named policy: keep everything, what products made, or nothing."""
+    if remat == "none":
+        return block
+    names = jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
+    policy = names if remat == "products" else None
+    # Inside a loop the compiler cannot merge the recomputation away; unrolled it would.
+    return nn.remat(block, policy=policy, prevent_cse=unroll_layers(remat))
+
+
+def unroll_layers(remat: str) -> bool:
+    """Whether training writes its layers out one after another.
+
+    A loop stacks what it keeps for the backward pass, which on GPU costs two more copies of every
+    kept value. With nothing kept the loop is as fast and compiles in a fraction of the time.
+    """
+    return remat in ("none", "products") and on_one_device() and jax.default_backend() == "gpu"
+
+
+def kept_bytes_per_token(config: Qwen2Config) -> int:
+    """What `products` keeps of one token, all layers together (adapters' inner values aside)."""
+    shapes = config.module_shapes
+    features = sum(shapes[m][1] for m in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
+    features += shapes["o_proj"][0] + 2 * config.hidden_size
+    return config.num_layers * features * config.compute_dtype.itemsize
+
+
+def choose_remat(config: Qwen2Config, remat: str, tokens: int) -> str:
+    """`auto` resolved for a micro-batch of `tokens` tokens: `products` if that fits in half of the
+    device's memory, otherwise `full`. Devices that do not tell their memory get `full`."""
+    if remat != "auto":
+        return remat
+    stats = jax.local_devices()[0].memory_stats() or {}
+    per_device = tokens // batch_parts() * kept_bytes_per_token(config)
+    return "products" if per_device < 0.5 * stats.get("bytes_limit", 0) else "full"

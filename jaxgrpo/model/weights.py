@@ -1,0 +1,231 @@
+"""Hugging Face safetensors -> the stacked tree of `api.py`. safetensors only, never pickle.
+
+A directory holds model.safetensors, or model.safetensors.index.json with its shards. Kernels are
+transposed on the way in: Hugging Face stores [out, in], this package [in, out].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgrpo.config import EMBEDDED, MODULES, ConfigError
+from jaxgrpo.mesh import sharding
+from jaxgrpo.model.api import base_logical_axes
+from jaxgrpo.model.presets import Qwen2Config, qwen2_config
+from jaxgrpo.model.safe_files import (
+    contained,
+    open_safetensors,
+    read_json_object,
+    read_tensor,
+    refuse_pickles,
+)
+from jaxgrpo.types import Tree
+
+EMBEDDED_DIR = Path(__file__).resolve().parent.parent / "assets" / "embedded"
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt")
+
+
+def resolve_model_dir(
+    path: str, revision: str | None = None, files: Sequence[str] = _HUB_FILES
+) -> Path:
+    """The local directory of `embedded`, a directory, or a hub id (fetched or from the cache).
+
+    Args:
+        files: patterns of what is fetched; no file of code, and no pickle, is among them.
+
+    Raises:
+        ConfigError: no such directory, not a hub id, or the hub cannot serve it.
+    """
+    if path == EMBEDDED:
+        return EMBEDDED_DIR
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if revision is not None:
+            raise ConfigError(f"model.revision={revision} needs a hub id; {path} is a directory")
+        return local
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or local.exists()
+    if looks_local:
+        raise ConfigError(f"model.path: {path} is not a directory; give a directory or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(files)))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        at = f" at revision {revision}" if revision else ""
+        raise ConfigError(
+            f"model.path: {path}{at} is neither a directory nor a model of the hub's: {reason}"
+        ) from None
+
+
+def read_qwen2_config(directory: Path, dtype: str) -> Qwen2Config:
+    path = contained(directory, "config.json")
+    return qwen2_config(read_json_object(path), dtype, f"{directory}/config.json")
+
+
+def check_tensor_names(directory: Path, config: Qwen2Config) -> dict[str, Path]:
+    """Tensor name -> file, after checking from the headers alone that none is missing or extra.
+
+    Raises:
+        ConfigError: as `load_model`, for everything but shapes and contents.
+    """
+    files = _tensor_files(directory)
+    _check_names(hf_shapes(config), files, config, directory)
+    return files
+
+
+def load_model(directory: Path, dtype: str, mesh: Mesh | None = None) -> tuple[Qwen2Config, Tree]:
+    """Reads config and weights, each leaf sharded over `mesh` as soon as it is complete.
+
+    Raises:
+        ConfigError: a missing, extra, misshaped or truncated tensor or file, naming it; an index
+            that points outside its directory.
+    """
+    config = read_qwen2_config(directory, dtype)
+    files = check_tensor_names(directory, config)
+    return config, _build(config, make_reader(config, files), mesh)
+
+
+def make_reader(config: Qwen2Config, files: dict[str, Path]) -> Callable[[str], np.ndarray]:
+    """Tensor name -> its array in the compute dtype, of the shape that config.json says."""
+    readers = {file: open_safetensors(file) for file in set(files.values())}
+    expected = hf_shapes(config)
+
+    def read(name: str) -> np.ndarray:
+        tensor = read_tensor(readers[files[name]], name, files[name])
+        if tensor.shape != expected[name]:
+            raise ConfigError(
+                f"tensor {name} in {files[name]} has shape {tensor.shape}, config.json says "
+                f"{expected[name]}"
+            )
+        return tensor.astype(config.compute_dtype, copy=False)
+
+    return read
+
+
+def _build(config: Qwen2Config, read: Callable[[str], np.ndarray], mesh: Mesh | None) -> Tree:
+    """Stacks layers leaf by leaf, so that the host holds one leaf at a time."""
+    axes = base_logical_axes(config)
+
+    def put(array: np.ndarray, logical: Sequence[str]) -> jax.Array:
+        if mesh is None:
+            return jax.numpy.asarray(array)
+        where = sharding(mesh, logical)
+        try:
+            return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+        except ValueError as error:
+            raise ConfigError(
+                f"mesh {dict(mesh.shape)}: an array {dict(zip(logical, array.shape, strict=True))} "
+                f"does not divide over it: {str(error).splitlines()[0]}"
+            ) from None
+
+    def stack(suffix: str, logical: Sequence[str], transpose: bool) -> jax.Array:
+        layers = [read(f"model.layers.{i}.{suffix}") for i in range(config.num_layers)]
+        return put(np.stack([x.T if transpose else x for x in layers]), logical)
+
+    layers: Tree = {}
+    for module, leaves in axes["layers"].items():
+        hf = hf_module(module)
+        if "scale" in leaves:
+            layers[module] = {"scale": stack(f"{module}.weight", leaves["scale"], False)}
+            continue
+        layers[module] = {"kernel": stack(f"{hf}.weight", leaves["kernel"], True)}
+        if "bias" in leaves:
+            layers[module]["bias"] = stack(f"{hf}.bias", leaves["bias"], False)
+    base: Tree = {
+        "embed_tokens": put(read("model.embed_tokens.weight"), axes["embed_tokens"]),
+        "layers": layers,
+        "norm": {"scale": put(read("model.norm.weight"), axes["norm"]["scale"])},
+    }
+    if not config.tie_word_embeddings:
+        base["lm_head"] = put(read("lm_head.weight"), axes["lm_head"])
+    return base
+
+
+def hf_module(module: str) -> str:
+    """`q_proj` -> `self_attn.q_proj`, `up_proj` -> `mlp.up_proj`."""
+    if module not in MODULES:
+        return module
+    return f"self_attn.{module}" if module in _ATTENTION else f"mlp.{module}"
+
+
+def hf_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor a checkpoint of this config must hold, by its Hugging Face name."""
+    embed, vocab = config.hidden_size, config.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, embed),
+        "model.norm.weight": (embed,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (vocab, embed)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        for module, (in_features, out_features) in config.module_shapes.items():
+            shapes[f"{prefix}{hf_module(module)}.weight"] = (out_features, in_features)
+            if module in ("q_proj", "k_proj", "v_proj"):
+                shapes[f"{prefix}{hf_module(module)}.bias"] = (out_features,)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}{norm}.weight"] = (embed,)
+    return shapes
+
+
+def _check_names(
+    expected: dict[str, tuple[int, ...]],
+    files: dict[str, Path],
+    config: Qwen2Config,
+    directory: Path,
+) -> None:
+    missing = sorted(set(expected) - set(files))
+    if missing:
+        raise ConfigError(
+            f"{directory}: tensor {missing[0]} is missing"
+            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+        )
+    # Old exports carry the rotary table, and a tied head's second copy of the embedding.
+    extra = sorted(
+        name
+        for name in set(files) - set(expected)
+        if not name.endswith("rotary_emb.inv_freq")
+        and not (name == "lm_head.weight" and config.tie_word_embeddings)
+    )
+    if extra:
+        raise ConfigError(
+            f"{directory}: tensor {extra[0]} is not one a {config.num_layers}-layer Qwen2 has"
+            + (f" (and {len(extra) - 1} more)" if len(extra) > 1 else "")
+        )
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index or the single file."""
+    index = contained(directory, "model.safetensors.index.json")
+    single = contained(directory, "model.safetensors")
+    if index.is_file():
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(f"{index} has no weight_map")
+        return {name: _shard(directory, index, str(file)) for name, file in weight_map.items()}
+    if not single.is_file():
+        raise ConfigError(
+            f"{directory} holds neither model.safetensors nor model.safetensors.index.json"
+            + refuse_pickles(directory)
+        )
+    return dict.fromkeys(open_safetensors(single).keys(), single)
+
+
+def _shard(directory: Path, index: Path, name: str) -> Path:
+    """A shard beside its index. A name from a downloaded file is not trusted as a path."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ConfigError(f"{index} points outside its directory: {name!r}")
+    if not name.endswith(".safetensors"):
+        raise ConfigError(f"{index} names the shard {name!r}, which is not a safetensors file")
+    path = contained(directory, name)
+    if not path.is_file():
+        raise ConfigError(f"{index} names the shard {name}, which does not exist")
+    return path

@@ -1,0 +1,169 @@
+"""Rows laid out for training without padding, each prompt once for its group. Host side, numpy.
+
+All that is done token by token (projections, MLP, head) runs on flat bins of tokens; attention
+alone needs rows. The maps from one to the other are made here; `model/packing.py` follows them.
+One bin per micro-batch and batch shard: prompts are dealt out so that bins are about equally full.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+
+from jaxgrpo.types import Packing
+
+NOWHERE = -1
+"""In a map: this place corresponds to none."""
+
+
+def pack_rows(
+    tokens: np.ndarray,
+    prompt_lengths: np.ndarray,
+    completion_tokens: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    group_size: int,
+    micro_batches: int,
+    shards: int,
+    sizes: int,
+) -> tuple[np.ndarray, Packing] | None:
+    """(order, packing): the rows' new order, and the maps for rows in that order.
+
+    Args:
+        tokens: [B, T], each row prompt, completion, padding; groups side by side, prompts equal.
+        lengths: completion tokens of each row.
+        micro_batches, shards: what `split_rows` and the mesh make of the rows.
+        sizes: how many bin sizes there may be; each is another program to compile.
+
+    Returns:
+        None if whole groups do not divide over micro-batches and shards.
+    """
+    rows, length = tokens.shape
+    width = completion_tokens.shape[1]
+    bins, prompts = micro_batches * shards, rows // group_size
+    if prompts % bins:
+        return None
+    dealt = _deal(prompt_lengths, lengths, group_size, bins)
+    order = np.empty(rows, np.int64)
+    for i, members in enumerate(dealt):
+        # Bin i is micro-batch i % M of shard i // M; split_rows gives micro-batch m rows m::M.
+        shard, micro = divmod(i, micro_batches)
+        inside = (members[:, None] * group_size + np.arange(group_size)[None, :]).reshape(-1)
+        places = shard * len(inside) + np.arange(len(inside))
+        order[places * micro_batches + micro] = inside
+    used = [_layout(prompt_lengths, lengths, group_size, members) for members in dealt]
+    prompts_per_bin = prompts // bins
+    capacity = prompts_per_bin * (length - width + group_size * width)
+    size = _bucket(max(bin_used for bin_used, _ in used), capacity, sizes)
+    scored = _bucket(
+        max(int(lengths[_rows_of(m, group_size)].sum()) for m in dealt),
+        prompts_per_bin * group_size * width,
+        sizes,
+    )
+    arrays = _empty(bins, size, scored, rows, length, width)
+    for i, (members, (_, offsets)) in enumerate(zip(dealt, used, strict=True)):
+        shard, micro = divmod(i, micro_batches)
+        local = _rows_of(members, group_size)
+        places = (shard * len(local) + np.arange(len(local))) * micro_batches + micro
+        _fill_bin(
+            arrays, i, places, local, offsets, tokens, prompt_lengths, completion_tokens, lengths,
+            group_size,
+        )  # fmt: skip
+    return order, Packing(**cast(Any, arrays), group_size=group_size)
+
+
+def _deal(
+    prompt_lengths: np.ndarray, lengths: np.ndarray, group_size: int, bins: int
+) -> list[np.ndarray]:
+    """Prompts of each bin, equally many: the longest first, each to the emptiest bin with room."""
+    totals = prompt_lengths[::group_size] + lengths.reshape(-1, group_size).sum(axis=1)
+    room = len(totals) // bins
+    members: list[list[int]] = [[] for _ in range(bins)]
+    load = np.zeros(bins)
+    for prompt in np.argsort(-totals, kind="stable"):
+        open_bins = [i for i in range(bins) if len(members[i]) < room]
+        chosen = min(open_bins, key=lambda i: load[i])
+        members[chosen].append(int(prompt))
+        load[chosen] += totals[prompt]
+    return [np.array(sorted(inside)) for inside in members]
+
+
+def _rows_of(members: np.ndarray, group_size: int) -> np.ndarray:
+    return (members[:, None] * group_size + np.arange(group_size)[None, :]).reshape(-1)
+
+
+def _layout(
+    prompt_lengths: np.ndarray, lengths: np.ndarray, group_size: int, members: np.ndarray
+) -> tuple[int, np.ndarray]:
+    """Tokens in the bin, and (prompt, completion) offsets of each of its rows."""
+    offsets, at = [], 0
+    for prompt in members:
+        start, at = at, at + int(prompt_lengths[prompt * group_size])
+        for row in range(prompt * group_size, (prompt + 1) * group_size):
+            offsets.append((start, at))
+            at += int(lengths[row])
+    return at, np.array(offsets)
+
+
+def _bucket(used: int, capacity: int, sizes: int) -> int:
+    """The smallest of `sizes` sizes up to `capacity` that holds `used`."""
+    step = -(-capacity // sizes)
+    return min(capacity, -(-used // step) * step)
+
+
+def _empty(
+    bins: int, size: int, scored: int, rows: int, length: int, width: int
+) -> dict[str, np.ndarray]:
+    flat, row = (bins, size), (rows, length)
+    return {
+        "tokens": np.zeros(flat, np.int32),
+        "positions": np.zeros(flat, np.int32),
+        "shared": np.zeros(flat, bool),
+        "source": np.full(flat, NOWHERE, np.int32),
+        "rows": np.zeros(row, np.int32),
+        "owned": np.full(row, NOWHERE, np.int32),
+        "scored": np.full((bins, scored), NOWHERE, np.int32),
+        "targets": np.zeros((bins, scored), np.int32),
+        "predicts": np.full(row, NOWHERE, np.int32),
+        "place": np.full((bins, scored), NOWHERE, np.int32),
+        "slot": np.full((rows, width), NOWHERE, np.int32),
+    }
+
+
+def _fill_bin(
+    arrays: dict[str, np.ndarray],
+    i: int,
+    places: np.ndarray,
+    local: np.ndarray,
+    offsets: np.ndarray,
+    tokens: np.ndarray,
+    prompt_lengths: np.ndarray,
+    completion_tokens: np.ndarray,
+    lengths: np.ndarray,
+    group_size: int,
+) -> None:
+    """Writes the maps of bin i: `local` are its rows' old numbers, `places` their new ones."""
+    length, width = tokens.shape[1], completion_tokens.shape[1]
+    next_scored = 0
+    for j, (place, row) in enumerate(zip(places, local, strict=True)):
+        prompt, own = int(prompt_lengths[row]), int(lengths[row])
+        columns = np.arange(prompt + own)
+        flat = np.where(columns < prompt, offsets[j, 0] + columns, offsets[j, 1] + columns - prompt)
+        arrays["rows"][place, columns] = flat
+        # The group's first row stands for all of them where the prompt's values are concerned.
+        first = 0 if j % group_size == 0 else prompt
+        owned, mine = columns[first:], flat[first:]
+        arrays["owned"][place, owned] = mine
+        arrays["source"][i, mine] = j * length + owned
+        arrays["tokens"][i, mine] = tokens[row, owned]
+        arrays["positions"][i, mine] = owned
+        arrays["shared"][i, mine] = owned < prompt
+        scored = next_scored + np.arange(own)
+        next_scored += own
+        # The token before predicts.
+        arrays["scored"][i, scored] = j * length + prompt - 1 + np.arange(own)
+        arrays["predicts"][place, prompt - 1 + np.arange(own)] = scored
+        arrays["targets"][i, scored] = completion_tokens[row, :own]
+        arrays["place"][i, scored] = j * width + np.arange(own)
+        arrays["slot"][place, :own] = scored

@@ -1,0 +1,128 @@
+"""The command line: python -m jaxgrpo.run [COMMAND] [CONFIG.yaml ...] [key=value ...]."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from jaxgrpo.artifacts import DivergedError, RunLockedError
+from jaxgrpo.commands.chat import CHAT
+from jaxgrpo.commands.command import (
+    EMBEDDED_CONFIG,
+    PROGRAM,
+    Command,
+    command_help,
+    nearest_command,
+    parse_settings,
+)
+from jaxgrpo.commands.completion import make_completion
+from jaxgrpo.commands.compress import COMPRESS
+from jaxgrpo.commands.export import EXPORT
+from jaxgrpo.commands.plan import PLAN, dry_run
+from jaxgrpo.commands.training import CHECK, EVAL, EXIT_INTERRUPTED, STUDY, TRAIN
+from jaxgrpo.config import Config, ConfigError
+
+__all__ = ["COMMANDS", "EMBEDDED_CONFIG", "entry_point", "main"]
+
+EXIT_ERROR, EXIT_USAGE = 1, 2
+
+COMMANDS: dict[str, Command] = {
+    "train": TRAIN,
+    "eval": EVAL,
+    "study": STUDY,
+    "check": CHECK,
+    "plan": PLAN,
+    "export": EXPORT,
+    "compress": COMPRESS,
+    "chat": CHAT,
+}
+COMMANDS["completion"] = make_completion(COMMANDS)
+
+
+def usage() -> str:
+    """What --help prints."""
+    rows = "\n".join(f"  {name:<11}{command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"{PROGRAM} [COMMAND] [CONFIG.yaml | RUN_DIR ...] [key=value ...]\n\n{rows}\n\n"
+        "Without a COMMAND it trains; without a CONFIG, the embedded model on embedded\n"
+        "problems. COMMAND --help says more. Settings are key=value, for instance\n"
+        "lora.rank=8 optim.learning_rate=1e-4; --dry-run shows what they come to.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 done, 2 the user's mistake, 1 another failure, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words and words[0] in COMMANDS else None
+    if any(word in ("-h", "--help") for word in words) or words[:1] == ["help"]:
+        print(usage() if name is None else command_help(name, COMMANDS[name]), end="")
+        return 0
+    # Native libraries would otherwise interleave their own log lines with the progress bar.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        return guarded(lambda: run_command(name, words))
+
+
+def run_command(name: str | None, words: list[str]) -> int:
+    """Parses and runs."""
+    for word in words if name is None else ():
+        if near := nearest_command(word, list(COMMANDS)):
+            raise ConfigError(f"'{word}' is neither a command nor a file; did you mean {near}?")
+    command, console = COMMANDS[name or "train"], Console()
+    if "--dry-run" not in words:
+        return command.run(parse_settings(name or "train", command, words), console)
+    if not command.dry_run:
+        able = ", ".join(other for other, c in COMMANDS.items() if c.dry_run)
+        raise ConfigError(f"{name} has no --dry-run; {able} have")
+    words = [word for word in words if word != "--dry-run"]
+    config: Config = parse_settings(name or "train", command, words)
+    return dry_run(config, console)
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """Runs with every expected failure as one line and an exit code of its own."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    # Before there is anything to save, SIGTERM ends the process as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, terminated) if main_thread else None
+    try:
+        return run()
+    except (ConfigError, RunLockedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except (OSError, DivergedError) as error:
+        text = " ".join(str(error).split())
+        print(f"error: {text}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def terminated(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def show_warning(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
+    """A warning as one line, without the line of code it comes from."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def entry_point() -> None:
+    """What the `jaxgrpo` command runs."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry_point()

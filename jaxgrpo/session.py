@@ -1,0 +1,268 @@
+"""Everything a run needs, built and checked from a Config before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from jaxgrpo.config import Config, ConfigError, LoraConfig
+from jaxgrpo.data import PromptSource, check_gold_answers, load_problems, load_tokenizer
+from jaxgrpo.mesh import Purpose, batch_shards, fold_key, make_mesh, replicate, sharding
+from jaxgrpo.model.adapters import StackedAdapter, stack_adapter
+from jaxgrpo.model.api import Qwen2Config, device_plan, init_lora, lora_logical_axes
+from jaxgrpo.model.peft_files import read_peft
+from jaxgrpo.model.weights import (
+    check_tensor_names,
+    load_model,
+    read_qwen2_config,
+    resolve_model_dir,
+)
+from jaxgrpo.rank_plan import RankPlan, make_rank_plan
+from jaxgrpo.rewards import load_reward
+from jaxgrpo.rollout.engine import make_generate
+from jaxgrpo.rollout.stop import StopRules, end_token_ids, make_stop_rules
+from jaxgrpo.types import LoraPlan, Tree
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a configuration resolves to; nothing in it changes during a run.
+
+    Attributes:
+        base: the frozen weights, sharded over the mesh.
+        plan: ranks on the host; `device_plan` is the same as arrays.
+        adapter: what training starts from, if not from fresh adapters.
+        train_prompts, eval_prompts: where prompts come from.
+        rewards: name -> function, in the configuration's order.
+        stop: what ends a completion.
+    """
+
+    config: Config
+    mesh: Mesh
+    model_dir: Path
+    model_config: Qwen2Config
+    base: Tree
+    plan: RankPlan
+    device_plan: LoraPlan
+    tokenizer: Any
+    train_prompts: PromptSource
+    eval_prompts: PromptSource
+    rewards: dict[str, Callable]
+    stop: StopRules
+    adapter: StackedAdapter | None = None
+
+    def with_config(self, config: Config) -> Session:
+        """The same model, data and mesh under another configuration: seed, plan, scale rule, steps.
+
+        The sections model, data, rollout, rewards and mesh must be the same.
+        """
+        plan, adapter = resolve_plan(config.lora, self.model_config)
+        return dataclasses.replace(self, config=config, adapter=adapter).with_plan(plan)
+
+    def with_plan(self, plan: RankPlan) -> Session:
+        """The same run with other ranks."""
+        on_device = replicate(self.mesh, device_plan(plan))
+        return dataclasses.replace(self, plan=plan, device_plan=on_device)
+
+    def init_lora(self) -> Tree:
+        """Fresh adapters for this seed, or those of `lora.adapter`, sharded."""
+        lora = init_lora(
+            self.model_config, self.plan, fold_key(self.config.seed, 0, Purpose.LORA_INIT)
+        )
+        if self.adapter is not None:
+            lora = self.adapter.start(lora, self.plan)
+        return self.place_lora(lora)
+
+    def place_lora(self, lora: Tree) -> Tree:
+        """Adapters of this plan, sharded over the mesh."""
+        return jax.tree.map(
+            lambda axes, x: jax.device_put(x, sharding(self.mesh, axes)),
+            lora_logical_axes(self.plan.modules),
+            lora,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+
+    def make_generate(self, *, evaluation: bool) -> Callable:
+        """The jitted sampler, as training or as evaluation wants it."""
+        config = self.config
+        if not evaluation:
+            return make_generate(
+                self.model_config, config.rollout, self.stop, config.grpo.group_size
+            )
+        # Evaluation measures the policy itself: no truncated sampling unless training has it too.
+        rollout = dataclasses.replace(
+            config.rollout,
+            temperature=config.eval.temperature,
+            max_completion_tokens=config.eval_max_completion_tokens,
+        )
+        return make_generate(self.model_config, rollout, self.stop, config.eval.samples)
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """What a configuration says of the model alone, checked; the weights are not loaded yet."""
+
+    mesh: Mesh
+    model_dir: Path
+    model_config: Qwen2Config
+    plan: RankPlan
+    adapter: StackedAdapter | None
+    tokenizer: Any
+    stop: StopRules
+
+    def load(self) -> tuple[Qwen2Config, Tree]:
+        """Shapes and weights, sharded."""
+        return load_model(self.model_dir, self.model_config.dtype, self.mesh)
+
+
+def open_model(config: Config) -> OpenModel:
+    """Mesh, plan, tokenizer and stop rules.
+
+    Raises:
+        ConfigError: anything about the model that the user has to mend.
+    """
+    mesh = make_mesh(config.mesh)
+    check_divisible(config, mesh)
+    model_dir = resolve_model_dir(config.model.path, config.model.revision)
+    model_config = read_qwen2_config(model_dir, resolve_dtype(config.model.dtype))
+    check_model_axis(model_config, mesh)
+    plan, adapter = resolve_plan(config.lora, model_config)
+    check_tensor_names(model_dir, model_config)
+    tokenizer = load_tokenizer(model_dir)
+    check_vocabulary(tokenizer, model_config)
+    generation = _generation_config(model_dir)
+    stop_ids = end_token_ids(tokenizer, generation, config.rollout.stop_token_ids)
+    stop = make_stop_rules(
+        tokenizer, stop_ids, config.rollout.stop_strings, model_config.vocab_size
+    )
+    return OpenModel(mesh, model_dir, model_config, plan, adapter, tokenizer, stop)
+
+
+def open_session(config: Config) -> Session:
+    """Resolves paths, checks every cross-field rule, then loads.
+
+    Raises:
+        ConfigError: anything the user has to mend. Cheap checks come before slow ones, and nothing
+            has been written when one fails.
+    """
+    rewards = {name: _reward(name) for name in config.rewards}
+    model = open_model(config)
+    train_problems, eval_problems = (
+        load_problems(config.data, split)
+        for split in (config.data.train_split, config.data.eval_split)
+    )
+    if "gsm8k_answer" in rewards:
+        check_gold_answers(train_problems, config.data.train_split)
+    check_gold_answers(eval_problems, config.data.eval_split)
+    train_prompts, eval_prompts = (
+        PromptSource(problems, model.tokenizer, config.data)
+        for problems in (train_problems, eval_problems)
+    )
+    model_config, base = model.load()
+    return Session(
+        config=config,
+        mesh=model.mesh,
+        model_dir=model.model_dir,
+        model_config=model_config,
+        base=base,
+        plan=model.plan,
+        device_plan=replicate(model.mesh, device_plan(model.plan)),
+        tokenizer=model.tokenizer,
+        train_prompts=train_prompts,
+        eval_prompts=eval_prompts,
+        rewards=rewards,
+        stop=model.stop,
+        adapter=model.adapter,
+    )
+
+
+def resolve_plan(config: LoraConfig, model: Qwen2Config) -> tuple[RankPlan, StackedAdapter | None]:
+    """The ranks that the settings ask for, and the adapter to start from if they name one."""
+    if config.adapter is None:
+        return make_rank_plan(config, model.num_layers), None
+    where = f"lora.adapter {config.adapter}"
+    adapter = stack_adapter(read_peft(Path(config.adapter).expanduser()), model, where)
+    return make_rank_plan(config, model.num_layers, adapter.ranks), adapter
+
+
+def warn_user(config: Config, session: Session, console: Console) -> None:
+    """Says what is allowed but may not be meant."""
+    if config.rollout.biases_ratios():
+        console.print(
+            "[yellow]warning:[/] rollout.top_p, top_k or min_p cut the sampler's distribution; its "
+            "log-probs are over the whole vocabulary, so the policy ratios are biased by the kept "
+            "mass. Leave them off to train unbiased."
+        )
+    for source in (session.train_prompts, session.eval_prompts):
+        if source.dropped:
+            console.print(f"[yellow]warning:[/] {source.dropped_message}")
+
+
+def resolve_dtype(dtype: str) -> str:
+    """`auto` is float32 on CPU, where bfloat16 is emulated, and bfloat16 elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def check_divisible(config: Config, mesh: Mesh) -> None:
+    """Batches must split evenly over the mesh's batch axes."""
+    shards = batch_shards(mesh)
+    rows = config.grpo.rows_per_step // config.grpo.micro_batches
+    for name, count in (
+        ("grpo.prompts_per_step", config.grpo.prompts_per_step),
+        ("rows of a micro-batch", rows),
+        ("eval.batch_prompts", config.eval.batch_prompts),
+    ):
+        if count % shards:
+            raise ConfigError(
+                f"{name}={count} does not divide over the mesh: data x fsdp = {shards}; "
+                f"the nearest that does is {max(shards, round(count / shards) * shards)}"
+            )
+
+
+def check_model_axis(model: Qwen2Config, mesh: Mesh) -> None:
+    """The `model` and `fsdp` axes must divide the dimensions they split."""
+    for axis, dimensions in (
+        ("model", {"query heads": model.num_heads, "mlp": model.intermediate_size}),
+        ("model", {"vocabulary": model.vocab_size}),
+        ("fsdp", {"hidden size": model.hidden_size}),
+    ):
+        for name, size in dimensions.items():
+            if size % mesh.shape[axis]:
+                raise ConfigError(
+                    f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} {size}"
+                )
+
+
+def check_vocabulary(tokenizer: Any, model: Qwen2Config) -> None:
+    """A token id beyond the embedding table would be read as another token, silently."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has ids up to {largest}, the model's vocabulary ends at "
+            f"{model.vocab_size - 1}: they do not belong together"
+        )
+
+
+def _reward(name: str) -> Callable:
+    try:
+        return load_reward(name)
+    except ValueError as error:
+        raise ConfigError(f"rewards: {error}") from None
+
+
+def _generation_config(directory: Path) -> dict | None:
+    path = directory / "generation_config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}") from None

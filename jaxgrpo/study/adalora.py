@@ -1,0 +1,110 @@
+"""AdaLoRA's allocation for plain LoRA: sensitivity scores, cubic budget, global top-b (2303.10512).
+
+AdaLoRA trains P diag(E) Q and masks entries of E; here a rank is a column of A with a row of B, and
+the mask is the rank plan's. Without E a masked rank has no gradient: its score decays and it does
+not come back, which AdaLoRA's can. numpy only; the smoothing constants are PEFT's defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxgrpo.config import ConfigError
+
+
+def smooth(
+    weight: np.ndarray,
+    gradient: np.ndarray,
+    mean: np.ndarray | None = None,
+    deviation: np.ndarray | None = None,
+    *,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One step of the smoothed importance of each entry and of its uncertainty, any one shape.
+
+    I = |weight * gradient|; mean <- beta1 mean + (1 - beta1) I; deviation <- beta2 deviation +
+    (1 - beta2) |I - mean| with the new mean (2303.10512 §3.2). Both start at 0. The score of an
+    entry is mean * deviation.
+    """
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 < beta < 1:
+            raise ConfigError(f"adalora: {name} must lie between 0 and 1, got {beta}")
+    importance = np.abs(weight * gradient)
+    mean = beta1 * (0.0 if mean is None else mean) + (1 - beta1) * importance
+    deviation = beta2 * (0.0 if deviation is None else deviation) + (1 - beta2) * np.abs(
+        importance - mean
+    )
+    return mean, deviation
+
+
+def triplet_scores(
+    a_score: np.ndarray, b_score: np.ndarray, e_score: np.ndarray | None = None
+) -> np.ndarray:
+    """Scores of ranks [L, R]: mean over A's column plus mean over B's row, plus E's if any.
+
+    Args:
+        a_score: mean * deviation of the entries of A, [L, in, R].
+        b_score: the same of B, [L, R, out].
+        e_score: the same of AdaLoRA's singular values, [L, R].
+    """
+    scores = a_score.mean(axis=1) + b_score.mean(axis=2)
+    return scores if e_score is None else scores + e_score
+
+
+def budget_at(
+    step: int,
+    *,
+    initial: int,
+    target: int,
+    total_steps: int,
+    t_init: int,
+    t_final: int,
+    delta_t: int = 1,
+) -> tuple[int, bool]:
+    """The sum of ranks allowed at `step`, and whether ranks are chosen anew there (§3.3).
+
+    `initial` up to and at t_init, then target + (initial - target) * (1 - progress)^3 rounded down,
+    chosen anew at multiples of delta_t, and `target` once step > total_steps - t_final. Ranks are
+    chosen at every step of that last phase, as in PEFT, so scores must no longer change there.
+    """
+    if not 0 < target <= initial:
+        raise ConfigError(f"adalora: target {target} must lie in 1..{initial}, the initial budget")
+    if t_init < 0 or t_final < 0 or t_init >= total_steps - t_final:
+        raise ConfigError(
+            f"adalora: t_init {t_init} and t_final {t_final} leave no step of {total_steps} to "
+            "reduce the budget in; lower one"
+        )
+    if delta_t < 1:
+        raise ConfigError(f"adalora: delta_t must be at least 1, got {delta_t}")
+    if step <= t_init:
+        return initial, False
+    if step > total_steps - t_final:
+        return target, True
+    left = 1 - (step - t_init) / (total_steps - t_final - t_init)
+    return int((initial - target) * left**3 + target), step % delta_t == 0
+
+
+def select(scores: Mapping[str, np.ndarray], budget: int) -> dict[str, np.ndarray]:
+    """Keeps exactly the `budget` best ranks of all modules and layers: module -> bool [L, R].
+
+    Equal scores: the first in the mapping's order, then layer, then rank. (PEFT's threshold drops
+    every rank that ties with the first one out, and so may keep fewer.)
+    """
+    total = sum(score.size for score in scores.values())
+    if not 0 <= budget <= total:
+        raise ConfigError(
+            f"adalora: a budget of {budget} is not in 0..{total}, the ranks there are"
+        )
+    pooled = np.concatenate([np.zeros(0), *(score.ravel() for score in scores.values())])
+    if not np.isfinite(pooled).all():
+        raise ConfigError("adalora: scores must be finite")
+    kept = np.zeros(total, bool)
+    kept[np.argsort(-pooled, kind="stable")[:budget]] = True
+    masks, start = {}, 0
+    for module, score in scores.items():
+        masks[module] = kept[start : start + score.size].reshape(score.shape)
+        start += score.size
+    return masks

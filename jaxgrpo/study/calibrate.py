@@ -1,0 +1,99 @@
+"""What FIM-LoRA, GoRA and EVA measure: a few batches at fresh adapters, nothing updated."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrpo.data import decode_completions
+from jaxgrpo.grpo.advantages import compute_advantages
+from jaxgrpo.grpo.step import make_gradients
+from jaxgrpo.iteration import make_train_batch, sample_rollout, score
+from jaxgrpo.model.api import input_moments
+from jaxgrpo.session import Session
+from jaxgrpo.study.lab import Lab
+from jaxgrpo.types import TrainBatch, Tree
+
+
+def calibrate(lab: Lab, batches: int, components: int) -> dict[str, dict[str, list]]:
+    """method -> module -> importances, over the first `batches` batches of the run.
+
+    fim: mean over batches and entries of B's squared gradient (arXiv 2605.16800), [L].
+    gora: mean |W * G|, G the weight gradient averaged over batches (arXiv 2502.12171), [L].
+    eva: explained variance ratios of each projection's centred inputs over real tokens
+    (arXiv 2410.07170), the `components` largest, [L, components].
+    """
+    session = lab.session
+    with jax.set_mesh(session.mesh):
+        return _calibrate(session, lab, batches, components)
+
+
+def _calibrate(session: Session, lab: Lab, batches: int, components: int) -> dict:
+    config, model = session.config, session.model_config
+    gradients = make_gradients(
+        model,
+        config.grpo,
+        config.rollout.temperature,
+        config.rollout.max_completion_tokens,
+        config.model.remat,
+        objective="grpo",
+        by_kernels=True,
+    )
+
+    @jax.jit
+    def measure(lora: Tree, base: Tree, batch: TrainBatch) -> tuple[Tree, Tree, Tree]:
+        _, grads, kernel_grads, _, _ = gradients(lora, base, session.device_plan, batch)
+        fim = {m: _used_mean(g["b"], session.device_plan.masks[m]) for m, g in grads.items()}
+        lengths = batch.prompt_lengths + jnp.sum(batch.loss_mask > 0, axis=1)
+        mask = jnp.arange(batch.tokens.shape[1])[None, :] < lengths[:, None]
+        moments = input_moments(model, base, batch.tokens, mask)
+        moments = {m: {**moments[m], "count": jnp.sum(mask)} for m in session.plan.modules}
+        return fim, kernel_grads, moments  # type: ignore[return-value]
+
+    add = jax.jit(functools.partial(jax.tree.map, jnp.add))
+    lora, programs = session.init_lora(), lab.programs(session)
+    total = None
+    for step in range(batches):
+        prompts, rollout = sample_rollout(session, programs, lora, step)
+        texts = decode_completions(session.tokenizer, rollout.tokens, rollout.lengths)
+        rewards, _ = score(session, prompts, texts, rollout)
+        advantages = compute_advantages(rewards, config.grpo.group_size, config.grpo.scale_rewards)
+        batch = make_train_batch(session, programs, lora, prompts, rollout, advantages)
+        found = measure(lora, session.base, batch)
+        total = found if total is None else add(total, found)
+    assert total is not None
+    fim, kernel_grads, moments = total
+
+    @jax.jit
+    def gora(base: Tree, kernel_grads: Tree) -> Tree:
+        return {
+            m: jnp.mean(jnp.abs(base["layers"][m]["kernel"] * g / batches), axis=(1, 2))
+            for m, g in kernel_grads.items()
+        }
+
+    return {
+        "fim": {m: (np.asarray(v) / batches).tolist() for m, v in fim.items()},
+        "gora": {m: np.asarray(v).tolist() for m, v in gora(session.base, kernel_grads).items()},
+        "eva": {m: explained_variance(v, components).tolist() for m, v in moments.items()},
+    }
+
+
+def _used_mean(gradient: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean square [L] over the rows in use of [L, R, out]."""
+    used = jnp.maximum(mask.sum(axis=1) * gradient.shape[2], 1.0)
+    return jnp.sum(jnp.square(gradient), axis=(1, 2)) / used
+
+
+def explained_variance(moments: Tree, components: int) -> np.ndarray:
+    """[L, components]: the largest eigenvalues of the inputs' covariance over its trace."""
+    ratios = []
+    count = float(moments["count"])
+    for total, outer in zip(np.asarray(moments["sum"]), np.asarray(moments["outer"]), strict=True):
+        mean = np.asarray(total, np.float64) / count
+        covariance = np.asarray(outer, np.float64) / count - np.outer(mean, mean)
+        values = np.linalg.eigvalsh(covariance)[::-1].clip(min=0)
+        ratios.append(values[:components] / values.sum())
+    return np.array(ratios)

@@ -1,0 +1,180 @@
+"""Compression of a trained adapter by one global cut of its singular values (PARA, 2604.27796).
+
+Train at a generous rank, then keep the largest singular values of all updates together: data-free,
+no training after. Computed in float64 from QR factors, the full update is never formed. numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxgrpo.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A truncated adapter, stacked as wide as the one it came from.
+
+    Attributes:
+        ranks: module -> int [L]; 0 where nothing was kept.
+        a: module -> float64 [L, in, R]; columns from `ranks` on are zero.
+        b: module -> float64 [L, R, out]; rows from `ranks` on are zero.
+        energy: squared singular values kept, as a share of all.
+        threshold: the smallest singular value kept, scale included.
+    """
+
+    ranks: dict[str, np.ndarray]
+    a: dict[str, np.ndarray]
+    b: dict[str, np.ndarray]
+    energy: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """One adapter's A B = left diag(values) right, without its scale."""
+
+    left: np.ndarray
+    values: np.ndarray
+    right: np.ndarray
+
+
+def compress(
+    a: Mapping[str, np.ndarray],
+    b: Mapping[str, np.ndarray],
+    ranks: Mapping[str, np.ndarray],
+    scales: Mapping[str, np.ndarray],
+    *,
+    energy: float | None = None,
+    rank_budget: int | None = None,
+) -> Compressed:
+    """Keeps the largest singular values of all updates scale * A B, and refactors what is left.
+
+    Of the result, scale * a @ b with the *old* scale is the truncated update. Under scale rules
+    that read the rank a new plan has other scales: see `fold_scales`.
+
+    Args:
+        a, b: module -> [L, in, R] and [L, R, out].
+        ranks: module -> [L] ranks in use, or [L, R] masks.
+        scales: module -> [L].
+        energy: keep the fewest values whose squares reach this share of all, in (0, 1].
+        rank_budget: keep this many values (exactly one of the two is given). Ties go to the first
+            module of `a`, then layer.
+
+    Raises:
+        ConfigError: neither or both criteria, one out of range, modules or shapes that do not
+            agree, or updates that are not finite or all zero.
+    """
+    _check(a, b, ranks, scales, energy, rank_budget)
+    factors, strengths = [], []
+    for module in a:
+        masks = _masks(ranks[module], a[module].shape[2])
+        for layer, scale in enumerate(np.asarray(scales[module], np.float64)):
+            used = masks[layer]
+            adapter = _factor(a[module][layer][:, used], b[module][layer][used])
+            factors.append(adapter)
+            # A negative scale turns the update around; how much of it there is stays the same.
+            strengths.append(np.abs(scale) * adapter.values)
+    pooled = np.concatenate(strengths)
+    if not (pooled > 0).any():
+        raise ConfigError("compress: every update is zero, there is nothing to keep")
+    kept = _cut(pooled, energy, rank_budget)
+    owners = np.repeat(np.arange(len(strengths)), [len(s) for s in strengths])
+    counts = np.bincount(owners[kept], minlength=len(strengths))
+    new_ranks, new_a, new_b, start = {}, {}, {}, 0
+    for module in a:
+        layers = len(a[module])
+        new_ranks[module] = counts[start : start + layers].astype(np.int64)
+        new_a[module] = np.zeros(a[module].shape)
+        new_b[module] = np.zeros(b[module].shape)
+        for layer in range(layers):
+            adapter, rank = factors[start + layer], counts[start + layer]
+            root = np.sqrt(adapter.values[:rank])
+            new_a[module][layer][:, :rank] = adapter.left[:, :rank] * root
+            new_b[module][layer][:rank] = root[:, None] * adapter.right[:rank]
+        start += layers
+    squares = pooled / pooled.max()
+    squares = squares * squares
+    share = float(squares[kept].sum() / squares.sum())
+    return Compressed(new_ranks, new_a, new_b, share, float(pooled[kept].min()))
+
+
+def fold_scales(
+    b: Mapping[str, np.ndarray],
+    old: Mapping[str, np.ndarray],
+    new: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """B times old / new scale per layer, so that new * A B' is old * A B; 0 where `new` is 0."""
+    folded = {}
+    for module, array in b.items():
+        before, after = (np.asarray(scales[module], np.float64) for scales in (old, new))
+        ratio = np.divide(before, after, out=np.zeros_like(before), where=after != 0)
+        folded[module] = array * ratio[:, None, None]
+    return folded
+
+
+def _factor(a: np.ndarray, b: np.ndarray) -> _Factors:
+    """The SVD of a [in, r] @ b [r, out] by QR of both and an SVD of the r x r core."""
+    left, left_core = np.linalg.qr(a.astype(np.float64))
+    right, right_core = np.linalg.qr(b.astype(np.float64).T)
+    u, values, v = np.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    return _Factors(left @ u, values, v @ right.T)
+
+
+def _cut(pooled: np.ndarray, energy: float | None, rank_budget: int | None) -> np.ndarray:
+    """Indices of the values kept. Values fall within an adapter, so it keeps its first ones."""
+    order = np.argsort(-pooled, kind="stable")
+    if rank_budget is not None:
+        if not 1 <= rank_budget <= len(pooled):
+            raise ConfigError(
+                f"compress: rank_budget {rank_budget} is not in 1..{len(pooled)}, the singular "
+                "values there are"
+            )
+        return order[:rank_budget]
+    # Relative to the largest, so that squares of small updates do not underflow.
+    squares = (pooled[order] / pooled.max()) ** 2
+    sums = np.cumsum(squares)
+    return order[: int(np.searchsorted(sums, energy * sums[-1])) + 1]
+
+
+def _masks(ranks: np.ndarray, width: int) -> np.ndarray:
+    """bool [L, R] from ranks [L] or masks [L, R]."""
+    ranks = np.asarray(ranks)
+    return ranks.astype(bool) if ranks.ndim == 2 else np.arange(width) < ranks[:, None]
+
+
+def _check(
+    a: Mapping[str, np.ndarray],
+    b: Mapping[str, np.ndarray],
+    ranks: Mapping[str, np.ndarray],
+    scales: Mapping[str, np.ndarray],
+    energy: float | None,
+    rank_budget: int | None,
+) -> None:
+    if (energy is None) == (rank_budget is None):
+        raise ConfigError("compress: give either energy or rank_budget")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"compress: energy must lie in (0, 1], got {energy}")
+    if not a:
+        raise ConfigError("compress: there is no adapter")
+    for name, other in (("b", b), ("ranks", ranks), ("scales", scales)):
+        if set(other) != set(a):
+            raise ConfigError(
+                f"compress: a has the modules {', '.join(a)}, {name} {', '.join(other) or 'none'}"
+            )
+    for module, array in a.items():
+        layers, _, width = array.shape
+        given, scale = np.asarray(ranks[module]), np.asarray(scales[module])
+        alike = b[module].shape[:2] == (layers, width) and scale.shape == (layers,)
+        if not alike or given.shape not in ((layers,), (layers, width)):
+            raise ConfigError(
+                f"compress: {module} has a of shape {array.shape} but b, scales and ranks of "
+                f"{b[module].shape}, {scale.shape} and {given.shape}"
+            )
+        if given.ndim == 1 and ((given < 0) | (given > width)).any():
+            raise ConfigError(f"compress: {module} has ranks outside 0..{width}, the width of a")
+        if not all(np.isfinite(x).all() for x in (array, b[module], scale)):
+            raise ConfigError(f"compress: {module} has entries that are not finite")

@@ -1,0 +1,217 @@
+"""Plans that move: AdaLoRA's pruning, re-profiling every K steps, PARA's cut after the last step.
+
+Both only change masks, so nothing recompiles. Ranks that stay keep their values and what they add
+to the output; ranks that leave are zeroed; ranks that are born add zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrpo.artifacts import read_jsonl
+from jaxgrpo.config import Config
+from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.study.adalora import budget_at, select, triplet_scores
+from jaxgrpo.study.allocate import allocate
+from jaxgrpo.study.budget import Budget
+from jaxgrpo.study.compress import compress, fold_scales
+from jaxgrpo.study.config import Arm, StudyConfig
+from jaxgrpo.train import Replan
+from jaxgrpo.types import TrainState, Tree
+
+
+def make_replan(
+    config: StudyConfig, arm: Arm, run: Config, shapes: Mapping[str, tuple[int, int]]
+) -> Replan:
+    """What `train_session` asks after every step of an arm whose plan is in DYNAMIC."""
+    if arm.plan == "adalora":
+        return adalora_replan(run.steps, arm.mean_rank)
+    if arm.plan == "para":
+        return para_replan(run.steps, arm.mean_rank)
+    allocation = config.study.allocation
+    low, high = config.bounds(arm.mean_rank)
+    return adaptive_replan(
+        Path(run.run_dir) / "layer_grad_norms.jsonl",
+        allocation.adaptive_every_steps,
+        run.steps,
+        shapes,
+        {
+            "unit": allocation.unit,
+            "granularity": allocation.granularity,
+            "min_rank": low,
+            "max_rank": high,
+        },
+    )
+
+
+def adalora_replan(steps: int, target_rank: int) -> Replan:
+    """AdaLoRA (arXiv 2303.10512): from the plan at the start down to target_rank on average.
+
+    Ranks are chosen by sensitivity x uncertainty (`grpo/sensitivity.py`), ten times on the cubic
+    schedule between a tenth and seven tenths of the run. Plain LoRA has no singular values, so a
+    rank's score is that of its column of A and row of B.
+    """
+
+    def replan(done: int, state: TrainState, plan: RankPlan) -> tuple[TrainState, RankPlan] | None:
+        # The start is uniform at the plan's reference times 1.5, capped by the width.
+        initial = min(-(-3 * target_rank // 2), plan.max_rank)
+        budget, chosen = budget_at(
+            done,
+            initial=initial * plan.num_adapters,
+            target=target_rank * plan.num_adapters,
+            total_steps=steps,
+            t_init=steps // 10,
+            t_final=max(3 * steps // 10, 1),
+            delta_t=max(6 * steps // 100, 1),
+        )
+        if not chosen or plan.total_rank <= budget:
+            return None
+        assert state.sensitivity is not None
+        scores = rank_scores(state.sensitivity, plan)
+        kept = select(scores, budget)
+        ranks = {module: mask.sum(axis=1) for module, mask in kept.items()}
+        moved = dataclasses.replace(plan, ranks=ranks)
+        return move_ranks(state, plan, moved, scores), moved
+
+    return replan
+
+
+def adaptive_replan(
+    norms: Path,
+    every: int,
+    steps: int,
+    shapes: Mapping[str, tuple[int, int]],
+    bounds: dict[str, Any],
+) -> Replan:
+    """Every `every` steps but the last: ranks in proportion to the rank-free norms since.
+
+    The raw norm would follow the ranks themselves (it grows as scale x sqrt(rank)), so that every
+    round would confirm the one before; the rank-free view takes that factor out.
+    """
+
+    def replan(done: int, state: TrainState, plan: RankPlan) -> tuple[TrainState, RankPlan] | None:
+        if done % every or done == steps:
+            return None
+        seen = [r["rank_free"] for r in read_jsonl(norms) if done - every < r["step"] <= done]
+        importance = {
+            module: np.sum(
+                [np.hypot(record[module]["a"], record[module]["b"]) for record in seen], axis=0
+            )
+            for module in plan.modules
+        }
+        cost = {m: sum(shapes[m]) if bounds["unit"] == "parameters" else 1 for m in plan.modules}
+        total = sum(int(plan.ranks[m].sum()) * cost[m] for m in plan.modules)
+        ranks = allocate("proportional", importance, shapes, Budget(total=total, **bounds))
+        moved = dataclasses.replace(plan, ranks=ranks)
+        return move_ranks(state, plan, moved, rank_sizes(state.lora, plan)), moved
+
+    return replan
+
+
+def para_replan(steps: int, target_rank: int) -> Replan:
+    """PARA (arXiv 2604.27796): trained at the uniform start rank, cut once after the last step.
+
+    The largest singular values of all updates together stay, `target_rank` per adapter on average;
+    nothing is trained after the cut, so that rank is the only thing it changes.
+    """
+
+    def replan(done: int, state: TrainState, plan: RankPlan) -> tuple[TrainState, RankPlan] | None:
+        if done != steps or plan.total_rank <= target_rank * plan.num_adapters:
+            return None
+        lora = jax.device_get(state.lora)
+        a, b = ({m: np.asarray(pair[side]) for m, pair in lora.items()} for side in ("a", "b"))
+        budget = target_rank * plan.num_adapters
+        cut = compress(a, b, plan.ranks, plan.scales(), rank_budget=budget)
+        moved = dataclasses.replace(plan, ranks=cut.ranks)
+        folded = fold_scales(cut.b, plan.scales(), moved.scales())
+        after = {m: {"a": cut.a[m], "b": folded[m]} for m in plan.modules}
+        placed = jax.tree.map(
+            lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), after, state.lora
+        )
+        return dataclasses.replace(state, lora=placed), moved
+
+    return replan
+
+
+def rank_scores(sensitivity: Tree, plan: RankPlan) -> dict[str, np.ndarray]:
+    """AdaLoRA's score of every rank, module -> [L, R]; ranks off the plan score -1, below any."""
+    entries = jax.device_get(
+        jax.tree.map(jnp.multiply, sensitivity["mean"], sensitivity["uncertainty"])
+    )
+    masks = plan.masks()
+    return {
+        module: np.where(masks[module] > 0, triplet_scores(pair["a"], pair["b"]), -1.0)
+        for module, pair in entries.items()
+    }
+
+
+def rank_sizes(lora: Tree, plan: RankPlan) -> dict[str, np.ndarray]:
+    """How much each rank adds to the output, ||a_i|| ||b_i||: [L, R]; -1 off the plan."""
+    masks = plan.masks()
+    sizes = jax.device_get(
+        {
+            m: jnp.linalg.norm(pair["a"], axis=1) * jnp.linalg.norm(pair["b"], axis=2)
+            for m, pair in lora.items()
+        }
+    )
+    return {m: np.where(masks[m] > 0, size, -1.0) for m, size in sizes.items()}
+
+
+def move_ranks(
+    state: TrainState, old: RankPlan, new: RankPlan, scores: dict[str, np.ndarray]
+) -> TrainState:
+    """The state under another plan: the best ranks by `scores` first, as a plan's masks want them.
+
+    B is rescaled where the scale rule gives the new rank another scale, so that the ranks that stay
+    add what they did. B, the optimizer's moments and the sensitivity of all others become 0.
+    """
+    rearranged = {}
+    for module in old.modules:
+        order = np.argsort(-scores[module], axis=1, kind="stable")
+        kept = np.minimum(old.ranks[module], new.ranks[module])
+        alive = np.arange(old.max_rank) < kept[:, None]
+        was, now = (plan.scales()[module] for plan in (old, new))
+        ratio = np.where((was > 0) & (now > 0), was / np.where(now > 0, now, 1), 1.0)
+        rearranged[module] = (order, alive, ratio.astype(np.float32))
+
+    def arrange(tree: Tree, keep_a: bool, rescale: bool) -> Tree:
+        out = {}
+        for module, (order, alive, ratio) in rearranged.items():
+            a, b = tree[module]["a"], tree[module]["b"]
+            moved_a = jnp.take_along_axis(a, jnp.asarray(order)[:, None, :], axis=2)
+            moved_b = jnp.take_along_axis(b, jnp.asarray(order)[:, :, None], axis=1)
+            moved_b = moved_b * alive[:, :, None]
+            out[module] = {
+                "a": moved_a if keep_a else moved_a * alive[:, None, :],
+                "b": moved_b * ratio[:, None, None] if rescale else moved_b,
+            }
+        # Back to where the old arrays were: another placement would compile another program.
+        return jax.tree.map(
+            lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), out, tree
+        )
+
+    structure = jax.tree.structure(state.lora)
+
+    def like_lora(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    def moments(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda node: arrange(node, False, False) if like_lora(node) else node,
+            tree,
+            is_leaf=like_lora,
+        )
+
+    return dataclasses.replace(
+        state,
+        lora=arrange(state.lora, True, True),
+        opt_state=moments(state.opt_state),
+        sensitivity=moments(state.sensitivity),
+    )

@@ -1,0 +1,78 @@
+"""What runs on the device for a study: one open model, and programs shared by all of its runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from rich.console import Console
+
+from jaxgrpo.config import Config
+from jaxgrpo.iteration import Programs, make_programs
+from jaxgrpo.session import Session, open_session, warn_user
+from jaxgrpo.study.config import Interrupted
+from jaxgrpo.train import Replan, train_session
+
+
+class Lab:
+    """Opens the model when the first run needs it; a study that is done needs none."""
+
+    def __init__(self, config: Config, console: Console) -> None:
+        self._config = config
+        self._console = console
+        self._session: Session | None = None
+        self._programs: dict[tuple, Programs] = {}
+
+    @property
+    def session(self) -> Session:
+        if self._session is None:
+            self._session = open_session(self._config)
+            warn_user(self._config, self._session, self._console)
+        return self._session
+
+    def programs(self, session: Session) -> Programs:
+        """Compiled programs for a session's configuration; plans, seeds and rules share them."""
+        config = session.config
+        length = None if config.optim.schedule == "constant" else config.steps
+        key = (config.objective, config.weight_grad_norms, length)
+        if key not in self._programs:
+            made = make_programs(session)
+            if self._programs:
+                first = next(iter(self._programs.values()))
+                made = dataclasses.replace(
+                    made,
+                    generate=first.generate,
+                    generate_eval=first.generate_eval,
+                    logprobs=first.logprobs,
+                )
+            self._programs[key] = made
+        return self._programs[key]
+
+    def run(
+        self,
+        title: str,
+        config: Config,
+        *,
+        replan: Replan | None = None,
+        track_sensitivity: bool = False,
+    ) -> None:
+        """Trains `config` in its own run directory, from where it was.
+
+        Raises:
+            Interrupted: stopped early; the same call goes on.
+            ConfigError: the directory holds another run.
+        """
+        self._console.rule(f"[bold]{title}", align="left")
+        session = self.session.with_config(config)
+        with jax.set_mesh(session.mesh):
+            result = train_session(
+                session,
+                self.programs(session),
+                self._console,
+                replan=replan,
+                track_sensitivity=track_sensitivity,
+            )
+        if result.interrupted:
+            raise Interrupted(title)
+        if result.after is not None:
+            self._console.print(f"accuracy {result.after.describe()}", highlight=False)

@@ -1,0 +1,110 @@
+"""The runs of a study as ordinary configurations, and whether they are done. No jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import yaml
+
+from jaxgrpo.artifacts import RunDirectory, atomic_write_json
+from jaxgrpo.config import Config, ConfigError, Objective, ScaleRule
+from jaxgrpo.config_files import encode_config
+from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, scaled_lora
+
+
+def has_plan_file(arm: Arm) -> bool:
+    """Uniform ranks need none, and `adaptive` starts from them."""
+    return arm.plan not in ("uniform", "adaptive")
+
+
+def plan_name(plan: str, mean_rank: int, seed: int) -> str:
+    """A random plan is drawn anew for every seed; the others are one plan for all."""
+    return f"{plan}-r{mean_rank}" + (f"-s{seed}" if plan == "random" else "")
+
+
+def write_plan(files: StudyFiles, name: str, ranks: Mapping[str, np.ndarray]) -> None:
+    lists = {module: np.asarray(values).tolist() for module, values in ranks.items()}
+    atomic_write_json(files.plan(name), {"ranks": lists})
+
+
+def profile_config(config: StudyConfig, objective: Objective) -> Config:
+    """A short run at uniform rank that measures all four views and evaluates nothing."""
+    return _short(config, str(StudyFiles(config.run_dir).profile(objective)), None, objective)
+
+
+def probe_config(config: StudyConfig, rule: ScaleRule, draw: int) -> Config:
+    """The GRPO profile again, at random ranks."""
+    files = StudyFiles(config.run_dir)
+    short = _short(config, str(files.probe(rule, draw)), rule, "grpo")
+    plan = str(files.plan(f"probe-{draw}"))
+    return dataclasses.replace(short, lora=dataclasses.replace(short.lora, plan=plan))
+
+
+def _short(
+    config: StudyConfig, run_dir: str, rule: ScaleRule | None, objective: Objective
+) -> Config:
+    lora = dataclasses.replace(config.lora, **scaled_lora(config, rule, config.lora.rank))
+    quiet = dataclasses.replace(
+        config.eval, before_training=False, after_training=False, every_steps=0
+    )
+    return dataclasses.replace(
+        config.plain(),
+        run_dir=run_dir,
+        steps=config.study.profile.steps,
+        objective=objective,
+        weight_grad_norms=True,
+        lora=lora,
+        eval=quiet,
+    )
+
+
+def arm_config(config: StudyConfig, arm: Arm, first: bool) -> Config:
+    """What an arm trains with; the first one also evaluates the base model."""
+    files = StudyFiles(config.run_dir)
+    settings = scaled_lora(config, arm.scale_rule, arm.mean_rank)
+    if has_plan_file(arm):
+        settings["plan"] = str(files.plan(plan_name(arm.plan, arm.mean_rank, arm.seed)))
+    return dataclasses.replace(
+        config.plain(),
+        run_dir=str(files.arm(arm)),
+        seed=config.seed + arm.seed,
+        lora=dataclasses.replace(config.lora, **settings),
+        eval=dataclasses.replace(config.eval, before_training=first),
+    )
+
+
+def is_done(config: Config) -> bool:
+    """Whether this very run has finished; read without jax, so that a report is quick."""
+    run = RunDirectory(config.run_dir)  # type: ignore[arg-type]
+    if not run.summary.is_file() or not run.config.is_file():
+        return False
+    # Through JSON, since YAML has no tuples.
+    wanted = json.loads(json.dumps(encode_config(config)))
+    return yaml.safe_load(run.config.read_text(encoding="utf-8")) == wanted
+
+
+def read_profile_model(config: StudyConfig) -> dict:
+    """Layers and module shapes of the model, from the GRPO profile's summary."""
+    run = RunDirectory(StudyFiles(config.run_dir).profile("grpo"))
+    return json.loads(run.summary.read_text(encoding="utf-8"))["model"]
+
+
+def check_same_study(config: StudyConfig) -> None:
+    """Raises ConfigError if run_dir holds a study whose runs differ from this one's.
+
+    Arms may be added (plans, rules, seeds); what all runs share may not change.
+    """
+    path = RunDirectory(StudyFiles(config.run_dir).root).config
+    if not path.is_file():
+        return
+    old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    new = json.loads(json.dumps(encode_config(config)))
+    for key in new:
+        if key not in ("study", "run_dir") and old.get(key) != new[key]:
+            raise ConfigError(
+                f"{path.parent} holds a study with {key}: {old.get(key)}, not {new[key]}; "
+                "choose another run_dir, or remove this one to start over"
+            )

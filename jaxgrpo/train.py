@@ -1,0 +1,322 @@
+"""The training loop: prompts, rollout, rewards, advantages, update, metrics, checkpoint, eval."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jaxgrpo.artifacts import RunDirectory, atomic_write_json, atomic_write_text
+from jaxgrpo.checkpoint import Checkpoints, check_same_policy, numbered, read_adapter
+from jaxgrpo.config import Config
+from jaxgrpo.config_files import dump_config, encode_config
+from jaxgrpo.divergence import DivergenceGuard
+from jaxgrpo.evaluate import EvalResult, StoppedError, evaluate, read_eval
+from jaxgrpo.grpo.step import init_train_state
+from jaxgrpo.iteration import Programs, make_programs, run_step
+from jaxgrpo.mesh import to_host
+from jaxgrpo.metrics import MetricWriter, ProgressBar, completions_table
+from jaxgrpo.model.adapters import save_adapter
+from jaxgrpo.model.api import make_decode_weights
+from jaxgrpo.model_card import CardFacts, scores_of, write_card
+from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.session import Session, open_session, warn_user
+from jaxgrpo.types import TrainState, Tree
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run found."""
+
+    before: EvalResult | None
+    after: EvalResult | None
+    run: RunDirectory
+    metrics: dict[str, float]
+    interrupted: bool
+
+
+Replan = Callable[[int, TrainState, RankPlan], tuple[TrainState, RankPlan] | None]
+"""(steps done, state, plan) -> the state and plan to go on with, or None to keep both. It may
+depend on nothing else but the run's own files, so that a resumed run decides the same."""
+
+
+def train(config: Config, console: Console) -> TrainResult:
+    """Runs the configuration to its last step, from its newest checkpoint if there is one.
+
+    Raises:
+        ConfigError: before anything is written, if the configuration cannot run.
+    """
+    session = open_session(config)
+    warn_user(config, session, console)
+    with jax.set_mesh(session.mesh):
+        return train_session(session, make_programs(session), console)
+
+
+def train_session(
+    session: Session,
+    programs: Programs,
+    console: Console,
+    *,
+    replan: Replan | None = None,
+    track_sensitivity: bool = False,
+) -> TrainResult:
+    """`train` of an open session, with programs that sessions of the same shapes may share.
+
+    Args:
+        replan: called after every step; None keeps the plan.
+        track_sensitivity: keep AdaLoRA's statistics in the state.
+    """
+    config = session.config
+    run = RunDirectory(Path(config.run_dir)).create()
+    with run.lock(), saying_what_is_saved(run):
+        fresh = init_train_state(session.init_lora(), programs.optimizer, track_sensitivity)
+        checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
+        fixed = None if replan else session.plan
+        restored = checkpoints.restore_latest(fresh, config, fixed)
+        state, start, plan = restored or (fresh, 0, session.plan)
+        if restored is not None:
+            console.print(f"resuming {run.root} after step {start} of {config.steps}")
+            session = session.with_plan(plan)
+        atomic_write_text(run.config, dump_config(config))
+        writer = MetricWriter(run)
+        writer.rewind(start)
+        with writer, stop_requested() as stopping:
+            loop = Loop(session, programs, run, checkpoints, writer, console, replan, stopping)
+            return loop.run_to_end(state, start)
+
+
+@dataclass
+class Loop:
+    """The steps of one run, with its evaluations and checkpoints."""
+
+    session: Session
+    programs: Programs
+    run: RunDirectory
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    console: Console
+    replan: Replan | None
+    stopping: threading.Event
+
+    def run_to_end(self, state: TrainState, start: int) -> TrainResult:
+        """Trains, evaluates and exports; whatever asks it to stop, the state is saved."""
+        config, before, done = self.session.config, None, start
+        metrics = self.writer.last_step()
+        try:
+            if config.eval.before_training:
+                before = start and read_eval(self.run.eval, 0)
+                # What training starts from: the base model, unless there is an adapter.
+                first = None if self.session.adapter is None or start else state
+                before = before or self.evaluate(first, 0)
+            if 0 < start < config.steps and self.evaluation_due(start):
+                self.evaluate(state, start)  # it was stopped after the checkpoint of this step
+            with ProgressBar(config.steps, start, self.console) as bar:
+                for step in range(start, config.steps):
+                    state, metrics = self.step(state, step, bar)
+                    done = step + 1
+                    if done < config.steps and self.stopping.is_set():
+                        raise StoppedError
+                    if done < config.steps and self.evaluation_due(done):
+                        self.evaluate(state, done)
+            model = str(config.model.path)
+            save_adapter(self.run.adapter, to_host(state.lora), self.session.plan, model)
+            after = self.evaluate(state, done) if config.eval.after_training else None
+        except StoppedError:
+            if done > start:
+                self.checkpoints.save(done, state, config, self.session.plan)
+            return TrainResult(before or None, None, self.run, metrics, interrupted=True)
+        result = TrainResult(before, after, self.run, metrics, interrupted=False)
+        self.write_card(result)
+        atomic_write_json(self.run.summary, summary(self.session, result))
+        return result
+
+    def step(
+        self, state: TrainState, step: int, bar: ProgressBar
+    ) -> tuple[TrainState, dict[str, float]]:
+        """One step with what it writes: metrics, completions, a checkpoint when one is due."""
+        config, done = self.session.config, step + 1
+        try:
+            state, result = run_step(self.session, self.programs, state, step)
+        except Exception:
+            # A reward that raised, say, must not cost the steps since the last checkpoint.
+            if step and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+                self.checkpoints.save(step, state, config, self.session.plan)
+            raise
+        self.writer.write(done, result.metrics, result.layer_grad_norms)
+        self.writer.write_completions(done, result.completions)
+        bar.update(done, result.metrics)
+        every = config.log_completions_every_steps
+        if every and result.completions and (done % every == 0 or done == 1):
+            bar.print(completions_table(done, result.completions))
+        bad = self.guard.check(done, result, self.console)
+        if self.replan and (moved := self.replan(done, state, self.session.plan)):
+            state, self.session = moved[0], self.session.with_plan(moved[1])
+        due = done % config.checkpoint_every_steps == 0 and not bad
+        if due or done == config.steps:
+            self.checkpoints.save(done, state, config, self.session.plan)
+        return state, result.metrics
+
+    def __post_init__(self) -> None:
+        self.guard = DivergenceGuard(self.run)
+
+    def write_card(self, result: TrainResult) -> None:
+        """The adapter's README.md."""
+        config, plan = self.session.config, self.session.plan
+        scores = {"before": result.before, "after": result.after}
+        facts = CardFacts(
+            "peft",
+            str(config.model.path),
+            "python -m jaxgrpo.run train settings.yaml",
+            config=encode_config(config),
+            step=config.steps,
+            plan=plan,
+            parameters=plan.trainable_parameters(self.session.model_config.module_shapes),
+            scores=scores_of({name: r and r.metrics for name, r in scores.items()}),
+        )
+        write_card(self.run.adapter, facts)
+
+    def evaluation_due(self, done: int) -> bool:
+        every = self.session.config.eval.every_steps
+        return bool(every) and done % every == 0
+
+    def evaluate(self, state: TrainState | None, step: int) -> EvalResult:
+        return run_eval(
+            self.session,
+            self.programs,
+            None if state is None else state.lora,
+            step,
+            self.run,
+            self.writer,
+            self.console,
+            self.stopping.is_set,
+        )
+
+
+@contextmanager
+def saying_what_is_saved(run: RunDirectory) -> Iterator[None]:
+    """Adds to a disk's error (full, read-only) up to which step the run is safe."""
+    try:
+        yield
+    except OSError as error:
+        steps = numbered(run.checkpoints)
+        saved = f"saved up to step {steps[0]}" if steps else "nothing is saved yet"
+        raise OSError(f"{error}; {saved}: mend it and run the same command again") from error
+
+
+def run_eval(
+    session: Session,
+    programs: Programs,
+    lora: Tree | None,
+    step: int,
+    run: RunDirectory,
+    writer: MetricWriter,
+    console: Console,
+    stopping: Callable[[], bool] = lambda: False,
+) -> EvalResult:
+    """Evaluates the policy; lora None means the base model."""
+    config = session.config
+    plan = None if lora is None else session.device_plan
+    result = evaluate(
+        programs.generate_eval,
+        make_decode_weights(
+            session.model_config, session.base, lora, plan, config.rollout.merge_lora
+        ),
+        session.eval_prompts,
+        session.tokenizer,
+        config,
+        mesh=session.mesh,
+        step=step,
+        directory=run.eval,
+        console=console,
+        stopping=stopping,
+    )
+    writer.write(step, result.metrics)
+    return result
+
+
+def evaluate_run(config: Config, console: Console) -> EvalResult:
+    """Evaluates the newest checkpoint of `run_dir`; without one, `lora.adapter` or the base model.
+
+    Raises:
+        ConfigError: the checkpoint belongs to another model or data set.
+    """
+    session = open_session(config)
+    run = RunDirectory(Path(config.run_dir)).create()
+    with run.lock(), jax.set_mesh(session.mesh):
+        saved = read_adapter(run.checkpoints)
+        if saved is not None:
+            check_same_policy(saved.config, config, run.root)
+            session = session.with_plan(saved.plan)
+            lora, step, what = session.place_lora(saved.lora), saved.step, f"{run.root}"
+            what += f" after step {step}"
+        else:
+            lora = None if session.adapter is None else session.init_lora()
+            step, what = 0, config.lora.adapter or "the base model: there is no checkpoint"
+        console.print(f"evaluating {what}", highlight=False, soft_wrap=True)
+        with MetricWriter(run) as writer:
+            return run_eval(session, make_programs(session), lora, step, run, writer, console)
+
+
+def summary(session: Session, result: TrainResult) -> dict:
+    """What summary.json holds."""
+    model, plan = session.model_config, session.plan
+    return {
+        "model": {
+            "layers": model.num_layers,
+            "parameters": model.num_parameters,
+            "module_shapes": model.module_shapes,
+            "dtype": model.dtype,
+        },
+        "plan": plan.to_json(),
+        "trainable_parameters": plan.trainable_parameters(model.module_shapes),
+        "eval_before": None if result.before is None else result.before.metrics,
+        "eval_after": None if result.after is None else result.after.metrics,
+        "last_step": result.metrics,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": {
+            name: version(name)
+            for name in ("jaxgrpo", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+        }
+        | {"device": jax.devices()[0].device_kind},
+    }
+
+
+def peak_memory_bytes() -> int | None:
+    """The device's peak, or the process' where the backend (CPU) does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def stop_requested() -> Iterator[threading.Event]:
+    """Set by SIGINT or SIGTERM: the step in progress is finished and saved. A second one kills."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in signals}
+
+    def handle(number: int, _: Any) -> None:
+        event.set()
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for known in signals:
+        signal.signal(known, handle)
+    try:
+        yield event
+    finally:
+        for known in signals:
+            signal.signal(known, previous[known])

@@ -1,0 +1,59 @@
+"""Writes a Hugging Face directory of Qwen2 shapes with random weights and a real tokenizer.
+
+For speed and memory measurements at full size where the trained weights are not at hand:
+
+    python scripts/make_random_model.py OUT --preset qwen2.5-1.5b --tokenizer DIR
+    python -m jaxgrpo.run train configs/gsm8k_1.5b.yaml model.path=OUT ...
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from jaxgrpo.model.presets import PRESETS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--preset", choices=PRESETS, default="qwen2.5-1.5b")
+    parser.add_argument("--tokenizer", required=True, help="a tokenizer's directory or hub id")
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    parser.add_argument("--hidden", type=int, help="a smaller hidden size, a multiple of 64")
+    parser.add_argument("--mlp", type=int, help="a smaller mlp size")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    preset = PRESETS[args.preset]
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    hidden = args.hidden or preset.hidden_size
+    heads = preset.num_heads if hidden == preset.hidden_size else max(2, hidden // 64)
+    config = Qwen2Config(
+        vocab_size=preset.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=args.mlp or preset.intermediate_size,
+        num_hidden_layers=args.layers or preset.num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=preset.num_kv_heads,
+        max_position_embeddings=32768,
+        rope_theta=preset.rope_theta,
+        rms_norm_eps=preset.rms_norm_eps,
+        tie_word_embeddings=preset.tie_word_embeddings,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.cpu().save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Eight virtual CPU devices, strict numerics, no network; set before jax is imported."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_DISABLED"] = "true"
+# Two test processes with two torch threads each would fight over two cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+# jax would take an accelerator's memory in every test process.
+if not os.environ.get("JAXGRPO_TEST_ACCELERATOR"):
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_collection_modifyitems(items):
+    backend = jax.default_backend()
+    for item in items:
+        for kind in ("gpu", "tpu"):
+            if kind in item.keywords and backend != kind:
+                item.add_marker(pytest.mark.skip(reason=f"no {kind} here"))

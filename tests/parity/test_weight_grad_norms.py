@@ -1,0 +1,129 @@
+"""The gradient norm of the frozen weights against torch autograd on unfrozen ones, float32."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from jaxgrpo.config import MODULES, GrpoConfig
+from jaxgrpo.grpo.layer_grad_norms import layer_grad_norms
+from jaxgrpo.grpo.step import make_gradients
+from jaxgrpo.model.adapters import save_adapter
+from jaxgrpo.model.api import device_plan, init_lora
+from jaxgrpo.model.weights import hf_module, load_model
+from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.types import TrainBatch
+from tests.hf_models import make_hf_model
+
+RTOL = 1e-4
+LAYERS, ROWS, PROMPT, WIDTH, TEMPERATURE = 3, 4, 5, 6, 0.8
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Our model and adapters, and transformers' with the same and every weight trainable."""
+    path = tmp_path_factory.mktemp("model")
+    make_hf_model(path / "base", tie=True, layers=LAYERS)
+    config, base = load_model(path / "base", "float32")
+    ranks = {m: np.array([2, 0, 3]) for m in MODULES}
+    plan = RankPlan(ranks, max_rank=4, alpha=4.0, scale_rule="rslora", reference_rank=2)
+    lora = init_lora(config, plan, jax.random.key(0))
+    lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), lora)
+    save_adapter(path / "adapter", lora, plan, str(path / "base"))
+    theirs = AutoModelForCausalLM.from_pretrained(path / "base", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(theirs, path / "adapter", is_trainable=True)
+    for parameter in theirs.parameters():
+        parameter.requires_grad_(True)
+    return config, base, plan, lora, theirs
+
+
+def make_batch(config):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (ROWS, PROMPT + WIDTH))
+    mask = np.arange(WIDTH) < np.array([[6], [3], [5], [1]])
+    return TrainBatch(
+        tokens=jnp.asarray(tokens),
+        prompt_lengths=jnp.full(ROWS, PROMPT),
+        completion_tokens=jnp.asarray(tokens[:, PROMPT:]),
+        loss_mask=jnp.asarray(mask, jnp.float32),
+        advantages=jnp.asarray([1.0, -0.5, 0.25, 2.0]),
+        sampler_logprobs=jnp.zeros((ROWS, WIDTH)),
+    )
+
+
+def torch_loss(model, batch, objective):
+    tokens = torch.tensor(np.asarray(batch.tokens))
+    logits = model(input_ids=tokens).logits[:, PROMPT - 1 : -1] / TEMPERATURE
+    picked = torch.log_softmax(logits, -1).gather(-1, tokens[:, PROMPT:, None])[..., 0]
+    mask = torch.tensor(np.asarray(batch.loss_mask))
+    if objective == "sft":
+        return -(picked * mask).sum() / mask.sum()
+    ratio = torch.exp(picked - picked.detach())
+    advantages = torch.tensor(np.asarray(batch.advantages))[:, None]
+    return -(ratio * advantages * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("objective", ["grpo", "sft"])
+def test_equals_torchs_weight_gradient(models, objective, micro_batches):
+    config, base, plan, lora, theirs = models
+    grpo = GrpoConfig(
+        loss="dapo",
+        prompts_per_step=1,
+        group_size=ROWS,
+        micro_batches=micro_batches,
+        importance_correction="none",
+        logprob_chunk_tokens=4,
+    )
+    gradients = jax.jit(
+        make_gradients(
+            config, grpo, TEMPERATURE, WIDTH, "full", objective=objective, by_kernels=True
+        )
+    )
+    batch = make_batch(config)
+    loss, grads, kernel_grads, _, _ = gradients(lora, base, device_plan(plan), batch)
+    theirs.zero_grad()
+    their_loss = torch_loss(theirs, batch, objective)
+    their_loss.backward()
+    chex.assert_trees_all_close(float(loss), their_loss.item(), rtol=RTOL)
+    norms = layer_grad_norms(grads, device_plan(plan), kernel_grads)["weight"]
+    parameters = dict(theirs.named_parameters())
+    for module in MODULES:
+        for layer in range(LAYERS):
+            name = f"base_model.model.model.layers.{layer}.{hf_module(module)}"
+            wrapped = parameters.get(f"{name}.base_layer.weight")
+            weight = wrapped if wrapped is not None else parameters[f"{name}.weight"]
+            chex.assert_trees_all_close(
+                float(norms[module]["w"][layer]), weight.grad.norm().item(), rtol=RTOL
+            )
+            chex.assert_trees_all_close(
+                np.asarray(kernel_grads[module][layer]).T,
+                weight.grad.numpy(),
+                atol=RTOL * float(weight.grad.abs().max()),
+            )
+
+
+def test_adapter_gradients_follow_from_it(models):
+    """dL/dB = scale * A^T dL/dW, and dL/dA = scale * dL/dW B^T: what makes the view rank-free."""
+    config, base, plan, lora, _ = models
+    grpo = GrpoConfig(prompts_per_step=1, group_size=ROWS)
+    gradients = make_gradients(
+        config, grpo, TEMPERATURE, WIDTH, "none", objective="sft", by_kernels=True
+    )
+    _, grads, kernel_grads, _, _ = gradients(lora, base, device_plan(plan), make_batch(config))
+    for module in MODULES:
+        masks, scales = plan.masks()[module], plan.scales()[module]
+        a, b = (np.asarray(lora[module][side]) for side in ("a", "b"))
+        weight = np.asarray(kernel_grads[module])
+        for side, expected in (
+            ("a", np.einsum("lio,lro->lir", weight, b) * masks[:, None, :]),
+            ("b", np.einsum("lir,lio->lro", a, weight) * masks[:, :, None]),
+        ):
+            expected = expected * scales[:, None, None]
+            chex.assert_trees_all_close(
+                np.asarray(grads[module][side]), expected, atol=RTOL * np.abs(expected).max()
+            )

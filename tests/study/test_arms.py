@@ -1,0 +1,218 @@
+"""Whole studies on the embedded model: every plan trains, budgets hold, a second call only reports,
+a killed study reaches the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from jaxgrpo.artifacts import read_jsonl
+from jaxgrpo.config import MODULES
+from jaxgrpo.run import main
+from tests.test_layout import REFUSE_JAX
+
+PLANS = ["uniform", "proportional", "random", "reduced", "top_k", "equalised"]
+PLANS += ["fim", "gora", "eva", "adalora", "adaptive", "para"]
+SMALL = {
+    "steps": 4,
+    "checkpoint_every_steps": 2,
+    "log_completions_every_steps": 0,
+    "lora": {"rank": 4, "alpha": 8},
+    "data": {"max_prompt_tokens": 56, "prompt_bucket_tokens": 56},
+    "rollout": {"max_completion_tokens": 24},
+    "grpo": {"prompts_per_step": 8, "group_size": 4},
+    "optim": {"learning_rate": 1.0e-3},
+    "eval": {"problems": 32, "batch_prompts": 32},
+    "mesh": {"data": 1, "fsdp": 8, "model": 1},
+    "study": {
+        "profile": {"objectives": ["grpo", "sft"], "steps": 4, "calibration_batches": 1},
+        "allocation": {"min_rank": 1, "max_rank": 8, "top_layers": 4, "adaptive_every_steps": 2},
+        "probe": {"scale_rules": ["constant", "alpha_over_r"]},
+        "arms": {"plans": PLANS, "scale_rules": ["constant"], "seeds": [0]},
+    },
+}
+# A finished study must report where jax cannot be imported.
+REPORT_ONLY = (
+    REFUSE_JAX
+    + """
+from jaxgrpo.run import main
+sys.exit(main(sys.argv[1:]))
+"""
+)
+
+
+def write_config(path: Path, **study) -> Path:
+    config = SMALL | {"run_dir": str(path), "study": SMALL["study"] | study}
+    file = path.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    root = tmp_path_factory.mktemp("studies") / "all"
+    config = write_config(root)
+    assert main(["study", str(config)]) == 0
+    return root, config
+
+
+def test_every_plan_is_trained_at_the_budget(study):
+    root, _ = study
+    results = read(root / "results.json")
+    arms = {arm["plan"]: arm for arm in results["arms"]}
+    assert list(arms) == PLANS
+    uniform = arms["uniform"]
+    assert uniform["rank_min"] == uniform["rank_max"] == 4
+    for plan, arm in arms.items():
+        assert arm["n_items"] == 32 and 0 <= arm["low"] <= arm["accuracy"] <= arm["high"] <= 1
+        assert set(arm["ranks"]) == set(MODULES)
+        every = np.concatenate(list(arm["ranks"].values()))
+        assert every.max() <= 8 and every.min() >= (0 if plan in ("adalora", "para") else 1)
+        if plan in ("eva", "adalora", "para"):
+            assert arm["total_rank"] == uniform["total_rank"]
+        elif plan == "reduced":
+            assert 0.6 < arm["trainable_parameters"] / uniform["trainable_parameters"] <= 0.7
+        else:
+            assert arm["trainable_parameters"] == uniform["trainable_parameters"]
+    assert [len(arms[p]["versus"] or ()) > 0 for p in PLANS] == [False] + [True] * 11
+
+
+def test_trained_adapters_have_the_ranks_that_are_reported(study):
+    """What PEFT would load, not what a plan file says: every A and B's own shape."""
+    from safetensors.numpy import load_file
+
+    root, _ = study
+    for arm in read(root / "results.json")["arms"]:
+        folder = next((root / "arms").glob(f"{arm['plan']}-*"))
+        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+        for module, ranks in arm["ranks"].items():
+            for layer, rank in enumerate(ranks):
+                found = [
+                    t.shape[0]
+                    for name, t in tensors.items()
+                    if f"layers.{layer}." in name and f"{module}.lora_A" in name
+                ]
+                assert found == ([rank] if rank else [])
+
+
+def test_arms_saw_the_same_prompts_and_the_same_items(study):
+    root, _ = study
+    prompts, items = [], []
+    for folder in sorted((root / "arms").iterdir()):
+        files = sorted((folder / "completions").glob("*"))
+        assert len(files) == 4
+        prompts.append([[r["problem"] for r in read_jsonl(file)] for file in files])
+        items.append([r["index"] for r in read_jsonl(folder / "eval" / "step_000004.jsonl")])
+    assert all(p == prompts[0] for p in prompts) and all(i == items[0] for i in items)
+
+
+def test_profiles_hold_all_views_and_the_probe_gives_slopes(study):
+    results = read(study[0] / "results.json")
+    assert [p["objective"] for p in results["profiles"]] == ["grpo", "sft"]
+    for profile in results["profiles"]:
+        assert list(profile["views"]) == ["l2", "weight", "rank_free", "rms"]
+        for view in profile["views"].values():
+            assert np.isclose(sum(view["share"]), 1)
+            assert (np.array(view["low"]) < view["high"]).all()
+    slopes = {(a["scale_rule"], a["view"]): a for a in results["amplification"]}
+    assert len(slopes) == 6
+    for found in slopes.values():
+        assert found["low"] <= found["slope"] <= found["high"]
+        assert len(found["points"]) == 56
+    # Hardly trained, ||dL/dB|| ~ s sqrt(r) holds nearly exactly.
+    assert abs(slopes["constant", "l2"]["slope"] - 0.5) < 0.15
+    assert abs(slopes["alpha_over_r", "l2"]["slope"] + 0.5) < 0.15
+    assert abs(slopes["constant", "weight"]["slope"]) < 0.1
+
+
+def test_a_second_call_only_rebuilds_the_report_and_needs_no_jax(study):
+    root, config = study
+    runs = [p for part in ("arms", "profiles", "probes") for p in (root / part).rglob("*")]
+    before = {p: p.stat().st_mtime_ns for p in runs if p.is_file()}
+    results = read(root / "results.json")
+    (root / "report.html").unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT_ONLY, "study", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "held-out accuracy" in done.stdout and "arm 1 of" not in done.stdout
+    assert (root / "report.html").is_file() and (root / "report.md").is_file()
+    assert read(root / "results.json") == results
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_another_configuration_in_the_same_directory_is_refused(study, capsys):
+    _, config = study
+    assert main(["study", str(config), "optim.learning_rate=0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "optim" in error and "0.5" in error and error.count("\n") == 1
+
+
+def test_more_arms_can_be_added_to_a_finished_study(study, tmp_path, capsys):
+    """The plan lists may grow; what is there stays."""
+    root, _ = study
+    grown = yaml.safe_load(root.with_suffix(".yaml").read_text())
+    grown["study"]["arms"]["plans"] = [*PLANS, "inverse"]
+    config = tmp_path / "grown.yaml"
+    config.write_text(yaml.safe_dump(grown))
+    assert main(["study", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "arm 13 of 13" in out and "arm 12 of 13" not in out
+
+
+def test_a_killed_study_reaches_the_same_numbers(tmp_path):
+    """SIGKILL in a profile, in an arm and between; finished afterwards, against an undisturbed one.
+
+    Both run in processes of one kind: the same program gives the same bits.
+    """
+    arms = {"plans": ["uniform", "adaptive", "para"], "scale_rules": ["constant"], "seeds": [0]}
+    few = {"profile": {"objectives": ["grpo"], "steps": 4}, "arms": arms}
+    few |= {"probe": {"scale_rules": ["constant"]}}
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for root in (straight, killed):
+        write_config(root, **few)
+    assert _study(straight).wait(300) == 0
+    for sign in (
+        "profiles/grpo/metrics.jsonl",
+        "arms/uniform-r4-s0/checkpoints/2",
+        "arms/adaptive-constant-r4-s0/checkpoints/2",
+    ):
+        process = _study(killed)
+        deadline = time.monotonic() + 240
+        while not (killed / sign).exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert _study(killed).wait(300) == 0
+    assert _comparable(killed) == _comparable(straight)
+
+
+def _study(root: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "jaxgrpo.run", "study", str(root.with_suffix(".yaml"))]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ))
+
+
+def _comparable(root: Path):
+    """results.json without wall-clock times."""
+    results = read(root / "results.json")
+    for arm in results["arms"]:
+        for timing in ("seconds", "tokens_per_s"):
+            arm.pop(timing)
+    return results

@@ -1,0 +1,218 @@
+"""Plans that move: what stays computes the same, what is born adds nothing, nothing recompiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgrpo.config import OptimConfig
+from jaxgrpo.grpo.optimizer import make_optimizer
+from jaxgrpo.grpo.step import init_train_state
+from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.study.dynamic import (
+    adalora_replan,
+    adaptive_replan,
+    move_ranks,
+    para_replan,
+    rank_scores,
+    rank_sizes,
+)
+
+SHAPES = {"q_proj": (6, 6), "down_proj": (8, 6)}
+LAYERS, WIDTH = 3, 4
+
+
+def make_plan(q_proj, down_proj, rule="constant"):
+    ranks = {"q_proj": np.array(q_proj), "down_proj": np.array(down_proj)}
+    return RankPlan(ranks, WIDTH, alpha=6.0, scale_rule=rule, reference_rank=2)
+
+
+def make_state(plan, seed=0, track_sensitivity=False):
+    """Adapters, moments and statistics in mid-training: numbers everywhere, also off the plan."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    lora = {
+        m: {"a": draw((LAYERS, i, WIDTH)), "b": draw((LAYERS, WIDTH, o))}
+        for m, (i, o) in SHAPES.items()
+    }
+    state = init_train_state(lora, make_optimizer(OptimConfig(), 10), track_sensitivity)
+
+    def fill(leaf):
+        return jnp.abs(draw(leaf.shape)) if jnp.ndim(leaf) == 3 else leaf
+
+    return dataclasses.replace(
+        state,
+        opt_state=jax.tree.map(fill, state.opt_state),
+        sensitivity=jax.tree.map(fill, state.sensitivity),
+    )
+
+
+def deltas(lora, plan):
+    """module -> scale * A B with the plan's masks, [L, in, out], float64."""
+    masks, scales = plan.masks(), plan.scales()
+    return {
+        m: np.einsum(
+            "lir,lr,lro,l->lio",
+            np.asarray(pair["a"], np.float64),
+            masks[m],
+            np.asarray(pair["b"], np.float64),
+            scales[m],
+        )
+        for m, pair in lora.items()
+    }
+
+
+@pytest.mark.parametrize("rule", ["constant", "rslora", "alpha_over_r"])
+def test_ranks_that_are_born_change_no_output(rule):
+    old, new = make_plan([2, 1, 0], [3, 2, 1], rule), make_plan([4, 1, 2], [3, 4, 2], rule)
+    state = make_state(old)
+    moved = move_ranks(state, old, new, rank_sizes(state.lora, old))
+    before, after = deltas(state.lora, old), deltas(moved.lora, new)
+    chex.assert_trees_all_close(after, before, rtol=1e-5, atol=1e-6)
+    # Newborn ranks have an A to learn with and a B of exactly 0.
+    assert (np.asarray(moved.lora["q_proj"]["b"])[0, 2:] == 0).all()
+    assert (np.asarray(moved.lora["q_proj"]["a"])[0, :, 2:] != 0).all()
+
+
+@pytest.mark.parametrize("rule", ["constant", "rslora", "alpha_over_r"])
+def test_the_best_ranks_stay_and_add_what_they_did(rule):
+    old, new = make_plan([4, 3, 2], [4, 4, 4], rule), make_plan([2, 3, 0], [1, 4, 2], rule)
+    state = make_state(old)
+    sizes = rank_sizes(state.lora, old)
+    moved = move_ranks(state, old, new, sizes)
+    after = deltas(moved.lora, new)
+    for module in SHAPES:
+        a = np.asarray(state.lora[module]["a"], np.float64)
+        b = np.asarray(state.lora[module]["b"], np.float64)
+        scales = old.scales()[module]
+        for layer in range(LAYERS):
+            best = np.argsort(-sizes[module][layer])[: new.ranks[module][layer]]
+            expected = scales[layer] * a[layer][:, best] @ b[layer][best]
+            np.testing.assert_allclose(after[module][layer], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_moments_travel_with_their_ranks_and_die_with_them():
+    old, new = make_plan([4, 4, 4], [4, 4, 4]), make_plan([2, 4, 1], [3, 4, 4])
+    state = make_state(old, track_sensitivity=True)
+    # Where A holds its own number, its moments hold the same: so they must still agree afterwards.
+    lora = state.lora
+
+    def tagged(node):
+        return lora if jax.tree.structure(node) == jax.tree.structure(lora) else node
+
+    def is_tree(node):
+        return jax.tree.structure(node) == jax.tree.structure(lora)
+
+    state = dataclasses.replace(
+        state,
+        opt_state=jax.tree.map(tagged, state.opt_state, is_leaf=is_tree),
+        sensitivity={"mean": lora, "uncertainty": lora},
+    )
+    moved = move_ranks(state, old, new, rank_sizes(state.lora, old))
+    trees = [n for n in jax.tree.leaves(moved.opt_state, is_leaf=is_tree) if is_tree(n)]
+    trees += list(moved.sensitivity.values())
+    assert len(trees) == 4
+    masks = new.masks()
+    for tree in trees:
+        for module in SHAPES:
+            alive = masks[module]
+            np.testing.assert_array_equal(
+                np.asarray(tree[module]["a"]),
+                np.asarray(moved.lora[module]["a"]) * alive[:, None, :],
+            )
+            np.testing.assert_array_equal(
+                np.asarray(tree[module]["b"]), np.asarray(moved.lora[module]["b"])
+            )
+
+
+def test_a_moved_state_is_the_same_to_a_compiled_program():
+    """Shapes, types, placement and structure stay, so the train step does not recompile."""
+    old, new = make_plan([4, 2, 2], [2, 2, 2]), make_plan([1, 4, 3], [2, 2, 2])
+    state = jax.device_put(make_state(old, track_sensitivity=True), jax.devices()[0])
+    moved = move_ranks(state, old, new, rank_sizes(state.lora, old))
+    chex.assert_trees_all_equal_shapes_and_dtypes(moved, state)
+    identity = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 0, tree))
+    identity(state)
+    identity(moved)
+    assert identity._cache_size() == 1
+
+
+def test_adalora_falls_to_its_budget_and_stays():
+    plan = make_plan([4] * 3, [4] * 3)
+    state = make_state(plan, track_sensitivity=True)
+    replan = adalora_replan(50, target_rank=2)
+    totals = []
+    for done in range(1, 51):
+        found = replan(done, state, plan)
+        if found:
+            before = rank_scores(state.sensitivity, plan)
+            state, plan = found
+            kept = np.sort(np.concatenate([s[s >= 0] for s in before.values()]))
+            after = rank_scores(state.sensitivity, plan)
+            survivors = np.sort(np.concatenate([s[s >= 0] for s in after.values()]))
+            np.testing.assert_allclose(survivors, kept[-len(survivors) :], rtol=1e-5)
+        totals.append(plan.total_rank)
+    assert totals[0] == 24 and totals[-1] == 12
+    assert (np.diff(totals) <= 0).all()
+    assert len(set(totals)) > 3, "in steps, not at once"
+    assert totals[35] == 12, "the last three tenths keep their ranks"
+
+
+def write_norms(path, hot_layer):
+    """Four steps in which one layer's rank-free norms are three times the others'."""
+    ones = [3.0 if layer == hot_layer else 1.0 for layer in range(LAYERS)]
+    view = {m: {"a": ones, "b": ones} for m in SHAPES}
+    lines = [json.dumps({"step": step, "rank_free": view}) for step in range(1, 5)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("unit", ["ranks", "parameters"])
+def test_adaptive_follows_the_norms_at_one_budget(tmp_path, unit):
+    norms = tmp_path / "norms.jsonl"
+    write_norms(norms, hot_layer=1)
+    bounds = {"unit": unit, "granularity": "layer", "min_rank": 1, "max_rank": 4}
+    replan = adaptive_replan(norms, 2, 4, SHAPES, bounds)
+    plan = make_plan([2, 2, 2], [2, 2, 2])
+    state = make_state(plan)
+    assert replan(1, state, plan) is None
+    moved, new = replan(2, state, plan)
+    assert new.ranks["q_proj"].tolist() == [1, 4, 1]
+    assert new.total_rank == plan.total_rank
+    assert new.trainable_parameters(SHAPES) == plan.trainable_parameters(SHAPES)
+    layer = deltas(moved.lora, new)["q_proj"][1]
+    np.testing.assert_allclose(layer, deltas(state.lora, plan)["q_proj"][1], rtol=1e-5, atol=1e-6)
+    # A move after the last step would be evaluated before it could learn anything.
+    assert replan(4, state, plan) is None
+
+
+@pytest.mark.parametrize("rule", ["constant", "rslora", "alpha_over_r"])
+def test_para_cuts_once_and_keeps_the_largest_singular_values(rule):
+    plan = make_plan([4] * 3, [4] * 3, rule)
+    state = make_state(plan)
+    replan = para_replan(7, target_rank=2)
+    assert replan(6, state, plan) is None
+    moved, new = replan(7, state, plan)
+    assert new.total_rank == 12
+    values = {
+        (m, layer): np.linalg.svd(delta)
+        for m, stack in deltas(state.lora, plan).items()
+        for layer, delta in enumerate(stack)
+    }
+    cut = np.sort(np.concatenate([s[:4] for _, s, _ in values.values()]))[-12]
+    after = deltas(moved.lora, new)
+    for (module, layer), (u, s, v) in values.items():
+        kept = s >= cut * (1 - 1e-6)
+        kept[4:] = False
+        assert kept.sum() == new.ranks[module][layer]
+        expected = (u[:, : len(s)][:, kept] * s[kept]) @ v[: len(s)][kept]
+        np.testing.assert_allclose(after[module][layer], expected, rtol=1e-4, atol=1e-5)
+    assert replan(7, moved, new) is None

@@ -1,0 +1,218 @@
+"""What a study's numbers are turned into: verdicts, comparisons, the amplification test."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxgrpo.config import ConfigError
+from jaxgrpo.config_files import decode_config
+from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, list_arms, scaled_lora
+from jaxgrpo.study.results import collect_results
+
+ITEMS = 200
+LAYERS = 8
+
+
+def make_config(root, **arms):
+    raw = {"run_dir": str(root), "steps": 5, "lora": {"rank": 8, "alpha": 16.0}}
+    raw["study"] = {
+        "profile": {"objectives": ["grpo"], "steps": 6},
+        "allocation": {"min_rank": 2, "max_rank": 16},
+        "probe": {"scale_rules": ["constant", "rslora", "alpha_over_r"], "draws": 1},
+        "arms": {"plans": ["uniform", "proportional", "random"], "seeds": [0, 1]} | arms,
+    }
+    return decode_config(raw, StudyConfig)
+
+
+def write_arm(config, arm, correct):
+    folder = StudyFiles(config.run_dir).arm(arm)
+    (folder / "eval").mkdir(parents=True)
+    records = [{"index": i, "correct": [bool(c)]} for i, c in enumerate(correct)]
+    lines = "\n".join(json.dumps(r) for r in records) + "\n"
+    (folder / "eval" / "step_000005.jsonl").write_text(lines)
+    ranks = {"q_proj": [8] * LAYERS}
+    summary = {
+        "plan": {"ranks": ranks},
+        "trainable_parameters": 100,
+        "model": {"parameters": 1, "layers": LAYERS},
+        "versions": {"jax": "0"},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    metrics = [
+        {"step": s, "step_time": 1.0, "num_tokens": 10.0, "reward": 0.1 * s} for s in range(1, 6)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)) + "\n")
+
+
+def make_study(root, accuracy, seed=0):
+    """Arms whose items are right with the given probabilities, items shared."""
+    config = make_config(root)
+    rng = np.random.default_rng(seed)
+    difficulty = rng.uniform(size=ITEMS)
+    for arm in list_arms(config):
+        write_arm(config, arm, difficulty < accuracy[arm.plan])
+    return config
+
+
+def write_norms(path, ranks, exponent, steps=6, noise=0.02):
+    """Raw norms share ~ g * rank^exponent, the weight's ~ g, with a little noise per step."""
+    rng = np.random.default_rng(1)
+    g = rng.uniform(1, 2, LAYERS)
+    path.mkdir(parents=True)
+    lines = []
+    for step in range(1, steps + 1):
+        jitter = np.exp(noise * rng.normal(size=(2, LAYERS)))
+        raw = (g * np.asarray(ranks) ** exponent * jitter[0]).tolist()
+        weight = (g * jitter[1]).tolist()
+        lines.append(
+            {
+                "step": step,
+                "l2": {"q_proj": {"a": raw, "b": raw}},
+                "rms": {"q_proj": {"a": raw, "b": raw}},
+                "rank_free": {"q_proj": {"a": weight, "b": weight}},
+                "weight": {"q_proj": {"w": weight}},
+            }
+        )
+    (path / "layer_grad_norms.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+def test_nothing_measured_yet_is_a_result(tmp_path):
+    results = collect_results(make_config(tmp_path))
+    assert results["verdict"] == ["No arm is finished together with its uniform reference yet."]
+    assert all(arm["accuracy"] is None for arm in results["arms"])
+    assert results["profiles"] == [] and results["amplification"] == []
+    json.dumps(results, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("proportional", "head"),
+    [
+        (0.60, "No difference found: no plan is reliably better or worse than uniform ranks."),
+        (0.75, "Yes, here it helps. Against uniform ranks: proportional is +1"),
+        (0.45, "No: no plan beats uniform ranks. Worse: proportional is -1"),
+    ],
+)
+def test_the_verdict_follows_the_paired_test(tmp_path, proportional, head):
+    accuracy = {"uniform": 0.60, "proportional": proportional, "random": 0.60}
+    results = collect_results(make_study(tmp_path, accuracy))
+    assert " ".join(results["verdict"]).startswith(head), results["verdict"]
+    arm = next(a for a in results["arms"] if a["plan"] == "proportional")
+    assert arm["versus"]["difference"] == pytest.approx(
+        arm["accuracy"] - results["arms"][0]["accuracy"]
+    )
+    # Two comparisons: Holm doubles the smaller p and keeps the larger.
+    p = sorted(a["versus"]["p"] for a in results["arms"][1:])
+    holm = sorted(a["versus"]["p_holm"] for a in results["arms"][1:])
+    assert holm[0] == pytest.approx(min(1, 2 * p[0])) and holm[1] >= p[1]
+
+
+def test_a_missing_seed_leaves_its_arm_out(tmp_path):
+    config = make_config(tmp_path)
+    arms = list_arms(config)
+    for arm in arms[:-1]:
+        write_arm(config, arm, np.ones(ITEMS, bool))
+    results = collect_results(config)
+    measured = {a["plan"]: a["accuracy"] for a in results["arms"]}
+    assert measured == {"uniform": 1.0, "proportional": 1.0, "random": None}
+    assert "random" not in " ".join(results["verdict"])
+
+
+def test_costs_and_curves_add_up(tmp_path):
+    results = collect_results(
+        make_study(tmp_path, dict.fromkeys(("uniform", "proportional", "random"), 0.5))
+    )
+    arm = results["arms"][0]
+    assert arm["seconds"] == 10.0 and arm["tokens"] == 100 and arm["tokens_per_s"] == 10.0
+    assert arm["reward"]["steps"] == [1, 2, 3, 4, 5]
+    np.testing.assert_allclose(arm["reward"]["mean"], [0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_amplification_recovers_the_exponents(tmp_path):
+    config = make_config(tmp_path)
+    files = StudyFiles(tmp_path)
+    uniform = [8] * LAYERS
+    ranks = [2, 16, 4, 12, 8, 3, 6, 14]
+    write_norms(files.profile("grpo"), uniform, 0.0)
+    for rule, exponent in (("constant", 0.5), ("rslora", 0.0), ("alpha_over_r", -0.5)):
+        write_norms(files.probe(rule, 0), ranks, exponent)
+    files.plans.mkdir()
+    files.plan("probe-0").write_text(json.dumps({"ranks": {"q_proj": ranks}}))
+    results = collect_results(config)
+    slopes = {(a["scale_rule"], a["view"]): a for a in results["amplification"]}
+    for rule, exponent in (("constant", 0.5), ("rslora", 0.0), ("alpha_over_r", -0.5)):
+        assert slopes[rule, "l2"]["slope"] == pytest.approx(exponent, abs=0.03)
+        assert slopes[rule, "l2"]["predicted"] == exponent
+        assert slopes[rule, "weight"]["slope"] == pytest.approx(0, abs=0.03)
+    assert "parameterisation alone" in results["amplification_verdict"][0]
+
+
+def test_uniform_arms_are_run_once_for_all_rules(tmp_path):
+    config = make_config(tmp_path, scale_rules=["constant", "rslora"], mean_ranks=[4, 8])
+    names = [arm.group for arm in list_arms(config) if arm.plan == "uniform"]
+    assert names == ["uniform-constant-r4"] * 2 + ["uniform-rslora-r4"] * 2 + ["uniform-r8"] * 2
+
+
+def test_scale_rules_agree_at_the_anchor(tmp_path):
+    """At lora.rank every rule gives alpha / rank, so uniform arms are one and the same."""
+    config = make_config(tmp_path)
+    for rule, exponent in (("constant", 0), ("rslora", -0.5), ("alpha_over_r", -1)):
+        settings = scaled_lora(config, rule, 8)
+        for rank in (2, 8, 16):
+            scale = {
+                "constant": settings["alpha"] / settings["rank"],
+                "rslora": settings["alpha"] / rank**0.5,
+                "alpha_over_r": settings["alpha"] / rank,
+            }[rule]
+            assert scale == pytest.approx(2 * (rank / 8) ** exponent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {"plans": ["proportional"]}}, "must hold uniform"),
+        ({"arms": {"plans": ["uniform", "proportionate"]}}, "did you mean 'proportional'?"),
+        ({"arms": {"plans": ["uniform", "uniform"]}}, "holds a value twice"),
+        ({"arms": {"seeds": []}}, "study.arms.seeds is empty"),
+        ({"arms": {"seeds": [-1]}}, "must be >= 0"),
+        ({"arms": {"mean_ranks": [0]}}, "must be >= 1"),
+        ({"arms": {"scale_rules": ["rslorra"]}}, "one of: constant, rslora, alpha_over_r"),
+        ({"arms": {"plan": ["uniform"]}}, "did you mean 'plans'?"),
+        (
+            {"arms": {"plans": ["uniform", "equalised"], "scale_rules": ["rslora"]}},
+            "does not depend on rank",
+        ),
+        ({"profile": {"steps": 3}}, "at least 4"),
+        ({"profile": {"objectives": ["sft"]}}, "must hold grpo"),
+        ({"allocation": {"objective": "sft"}, "profile": {"objectives": ["grpo"]}}, "not profiled"),
+        ({"allocation": {"min_rank": 9, "max_rank": 12}}, "outside study.allocation's bounds"),
+        ({"allocation": {"min_rank": 4, "max_rank": 2}}, "at least min_rank=4"),
+        ({"allocation": {"reduced_fraction": 1.0}}, "must lie in (0, 1)"),
+        ({"allocation": {"view": "l1"}}, "study.allocation.view"),
+        ({"probe": {"draws": 0}}, "at least 1"),
+    ],
+)
+def test_mistakes_in_a_study_are_told(changes, message):
+    with pytest.raises(ConfigError) as error:
+        decode_config({"lora": {"rank": 8}, "study": changes}, StudyConfig)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lora", {"plan": "x.json"}, "leave lora.plan out"),
+        ("lora", {"max_rank": 9}, "leave it out"),
+        ("objective", "sft", "objective grpo"),
+    ],
+)
+def test_what_a_study_sets_itself_may_not_be_given(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        decode_config({key: value}, StudyConfig)
+
+
+def test_names_of_arms_are_file_names():
+    arm = Arm("top_k", "alpha_over_r", 8, 1)
+    assert arm.name == "top_k-alpha_over_r-r8-s1"

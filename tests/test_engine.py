@@ -1,0 +1,162 @@
+"""The sampling loop against the full forward, and its ends."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgrpo.config import RolloutConfig
+from jaxgrpo.mesh import MeshConfig, Purpose, fold_key, make_mesh, shard_rows, to_host
+from jaxgrpo.model.api import (
+    Qwen2Config,
+    completion_logprobs,
+    device_plan,
+    init_base,
+    init_lora,
+    make_decode_weights,
+)
+from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.rollout.engine import make_generate
+from jaxgrpo.rollout.stop import StopRules
+from jaxgrpo.types import FINISH_LENGTH, FINISH_STOP_STRING, FINISH_STOP_TOKEN, check_rollout
+
+CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2)
+GROUP, WIDTH = 3, 12
+PLAN = RankPlan(
+    {"q_proj": np.array([1, 2, 0]), "up_proj": np.array([4, 0, 2])}, 4, 8.0, "rslora", 4
+)
+NEVER = StopRules((10**6,))
+
+
+def _lora():
+    lora = init_lora(CONFIG, PLAN, jax.random.key(1))
+    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape), lora)
+
+
+def _base():
+    base = init_base(CONFIG, jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.15 * jax.random.normal(jax.random.key(5), x.shape), base)
+
+
+def _prompts(prompts=4, slots=7):
+    tokens = np.random.default_rng(0).integers(2, 61, (prompts, slots)).astype(np.int32)
+    lengths = np.array([7, 4, 1, 6])[:prompts]
+    return tokens, np.arange(slots)[None, :] >= slots - lengths[:, None]
+
+
+def _generate(stop=NEVER, merge=True, key=0, rollout=None, prompts=None):
+    rollout = rollout or RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
+    weights = make_decode_weights(CONFIG, _base(), _lora(), device_plan(PLAN), merge)
+    tokens, mask = prompts or _prompts()
+    generate = make_generate(CONFIG, rollout, stop, GROUP)
+    out = generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(key))
+    check_rollout(out)
+    return jax.tree.map(np.asarray, out)
+
+
+def _full_forward(out, temperature):
+    tokens, mask = _prompts()
+    rows = np.zeros((len(out.tokens), tokens.shape[1] + WIDTH), np.int32)
+    lengths = np.repeat(mask.sum(1), GROUP)
+    for row, length in enumerate(lengths):
+        rows[row, :length] = tokens[row // GROUP][mask[row // GROUP]]
+        rows[row, length : length + WIDTH] = out.tokens[row]
+    logprobs, _ = completion_logprobs(
+        CONFIG, _base(), _lora(), device_plan(PLAN), jnp.asarray(rows), jnp.asarray(lengths),
+        jnp.asarray(out.tokens), temperature=temperature, chunk_tokens=16, remat="none",
+    )  # fmt: skip
+    return np.asarray(logprobs)
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "unmerged"])
+@pytest.mark.parametrize("temperature", [0.9, 0.0])
+def test_cached_decode_equals_full_forward(merge, temperature):
+    rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=temperature)
+    out = _generate(StopRules((5, 9)), merge, rollout=rollout)
+    want = _full_forward(out, temperature or 1.0)
+    chex.assert_trees_all_close(out.logprobs, np.where(out.mask, want, 0), atol=1e-4, rtol=0)
+
+
+def test_rows_end_at_their_stop_token_and_keep_it():
+    out = _generate(StopRules(tuple(range(2, 14))))
+    assert (out.finish_reasons == FINISH_STOP_TOKEN).any()
+    for row, length in enumerate(out.lengths):
+        stops = np.isin(out.tokens[row], range(2, 14))
+        assert out.mask[row].sum() == length
+        assert not out.tokens[row, length:].any() and not out.logprobs[row, length:].any()
+        if out.finish_reasons[row] == FINISH_STOP_TOKEN:
+            assert stops[length - 1] and not stops[: length - 1].any()
+        else:
+            assert length == WIDTH and not stops[:length].any()
+
+
+def test_without_a_stop_every_row_reaches_the_cap():
+    out = _generate()
+    assert (out.lengths == WIDTH).all() and (out.finish_reasons == FINISH_LENGTH).all()
+
+
+def test_stopping_changes_no_token_before_the_stop():
+    free, stopped = _generate(), _generate(StopRules(tuple(range(2, 14))))
+    np.testing.assert_array_equal(np.where(stopped.mask, free.tokens, 0), stopped.tokens)
+
+
+def test_stop_string_ends_a_row_where_the_table_says():
+    # Two states and the end: seen after an even token directly followed by an odd one.
+    even = np.arange(61) % 2 == 0
+    table = np.stack([even.astype(np.int32), np.where(even, 1, 2), np.full(61, 2)]).astype(np.int32)
+    out = _generate(StopRules((10**6,), table))
+    assert (out.finish_reasons == FINISH_STOP_STRING).any()
+    for row, length in enumerate(out.lengths):
+        tokens = out.tokens[row, :length]
+        pairs = (tokens[:-1] % 2 == 0) & (tokens[1:] % 2 == 1)
+        if out.finish_reasons[row] == FINISH_STOP_STRING:
+            assert pairs[-1] and not pairs[:-1].any()
+        else:
+            assert not pairs.any()
+
+
+def test_a_group_shares_its_prompt():
+    """Each prompt alone gives the same greedy completion as in the batch, for all its rows."""
+    rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=0.0)
+    out = _generate(rollout=rollout)
+    tokens, mask = _prompts()
+    for p in range(4):
+        alone = _generate(rollout=rollout, prompts=(tokens[p : p + 1], mask[p : p + 1]))
+        for g in range(GROUP):
+            np.testing.assert_array_equal(out.tokens[p * GROUP + g], alone.tokens[0])
+
+
+def test_left_padding_changes_nothing():
+    tokens, mask = _prompts()
+    wide = np.pad(tokens, ((0, 0), (5, 0))), np.pad(mask, ((0, 0), (5, 0)))
+    chex.assert_trees_all_close(_generate(), _generate(prompts=wide), atol=1e-4, rtol=0)
+
+
+def test_two_steps_never_draw_the_same_noise():
+    generate = make_generate(
+        CONFIG, RolloutConfig(max_completion_tokens=WIDTH, temperature=50.0), NEVER, GROUP
+    )
+    weights = make_decode_weights(CONFIG, _base(), None, None, True)
+    tokens, mask = map(jnp.asarray, _prompts())
+    seen = set()
+    for step in range(4):
+        out = generate(weights, tokens, mask, fold_key(0, step, Purpose.ROLLOUT))
+        seen |= {tuple(row) for row in np.asarray(out.tokens).tolist()}
+    assert len(seen) == 4 * 4 * GROUP
+    again = generate(weights, tokens, mask, fold_key(0, 3, Purpose.ROLLOUT))
+    chex.assert_trees_all_equal(out, again)
+
+
+def test_eight_devices_sample_what_one_does():
+    tokens, mask = _prompts()
+    tokens, mask = np.concatenate([tokens, tokens + 1]), np.concatenate([mask, mask])
+    rollout = RolloutConfig(max_completion_tokens=6, temperature=0.9)
+    generate = make_generate(CONFIG, rollout, StopRules((5,)), GROUP)
+    weights = make_decode_weights(CONFIG, _base(), _lora(), device_plan(PLAN), True)
+    one = to_host(generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0)))
+    mesh = make_mesh(MeshConfig(4, 2, 1))
+    with jax.set_mesh(mesh):
+        many = generate(weights, *shard_rows(mesh, (tokens, mask)), jax.random.key(0))
+        many = to_host(many)
+    chex.assert_trees_all_close(one, many, atol=1e-4, rtol=0)

@@ -1,0 +1,140 @@
+"""Masked variable-rank LoRA: what masking, merging and the scale rules must mean."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgrpo.config import MODULES
+from jaxgrpo.model.api import (
+    Qwen2Config,
+    device_plan,
+    hidden_states,
+    init_base,
+    init_lora,
+    logits,
+    make_decode_weights,
+    prefill,
+)
+from jaxgrpo.model.lora import delta_kernel
+from jaxgrpo.rank_plan import RankPlan
+
+CONFIG = Qwen2Config(61, 48, 80, num_layers=4, num_heads=6, num_kv_heads=2)
+TOKENS = np.random.default_rng(0).integers(0, 61, (3, 9))
+
+
+def _plan(seed=0, max_rank=8, rule="rslora"):
+    rng = np.random.default_rng(seed)
+    ranks = {module: rng.integers(0, 6, CONFIG.num_layers) for module in MODULES}
+    return RankPlan(ranks, max_rank, 8.0, rule, 4)
+
+
+def _noisy(lora, seed=1):
+    """B away from zero, as after training."""
+    leaves, tree = jax.tree.flatten(lora)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+def _output(lora, plan):
+    base = init_base(CONFIG, jax.random.key(7))
+    hidden = hidden_states(CONFIG, base, lora, device_plan(plan), jnp.asarray(TOKENS))
+    return logits(CONFIG, base, hidden)
+
+
+def test_masked_plan_equals_separate_lora_of_those_ranks():
+    """Every layer's masked adapter is the dense LoRA of exactly its rank, merged by hand."""
+    plan = _plan()
+    base = init_base(CONFIG, jax.random.key(7))
+    lora = _noisy(init_lora(CONFIG, plan, jax.random.key(0)))
+    merged = dict(base["layers"])
+    for module in MODULES:
+        kernels = np.asarray(base["layers"][module]["kernel"], np.float64).copy()
+        for layer, r in enumerate(plan.ranks[module]):
+            a = np.asarray(lora[module]["a"][layer][:, :r], np.float64)
+            b = np.asarray(lora[module]["b"][layer][:r], np.float64)
+            if r:
+                kernels[layer] += 8.0 / np.sqrt(r) * (a @ b)
+        merged[module] = {**merged[module], "kernel": jnp.asarray(kernels, jnp.float32)}
+    by_hand = {**base, "layers": merged}
+    hidden = hidden_states(CONFIG, by_hand, None, None, jnp.asarray(TOKENS))
+    want = logits(CONFIG, by_hand, hidden)
+    chex.assert_trees_all_close(_output(lora, plan), want, atol=2e-5, rtol=0)
+
+
+def test_output_does_not_depend_on_max_rank_or_on_masked_entries():
+    plan, wide = _plan(max_rank=5), _plan(max_rank=16)
+    lora = _noisy(init_lora(CONFIG, plan, jax.random.key(0)))
+    wide_lora = _noisy(init_lora(CONFIG, wide, jax.random.key(0)), seed=5)
+    for module in MODULES:  # same ranks in use, other values in the padding
+        for layer, r in enumerate(plan.ranks[module]):
+            a, b = wide_lora[module]["a"], wide_lora[module]["b"]
+            a = a.at[layer, :, :r].set(lora[module]["a"][layer, :, :r])
+            b = b.at[layer, :r].set(lora[module]["b"][layer, :r])
+            wide_lora[module] = {"a": a, "b": b}
+    chex.assert_trees_all_close(_output(lora, plan), _output(wide_lora, wide), atol=1e-5, rtol=0)
+
+
+def test_initial_values_of_a_rank_do_not_depend_on_max_rank():
+    narrow = init_lora(CONFIG, _plan(max_rank=5), jax.random.key(0))
+    wide = init_lora(CONFIG, _plan(max_rank=16), jax.random.key(0))
+    for module in MODULES:
+        chex.assert_trees_all_equal(narrow[module]["a"], wide[module]["a"][:, :, :5])
+
+
+def test_fresh_adapter_changes_nothing():
+    plan = _plan()
+    base = init_base(CONFIG, jax.random.key(7))
+    hidden = hidden_states(CONFIG, base, None, None, jnp.asarray(TOKENS))
+    fresh = _output(init_lora(CONFIG, plan, jax.random.key(0)), plan)
+    chex.assert_trees_all_equal(fresh, logits(CONFIG, base, hidden))
+
+
+def test_masked_entries_get_no_gradient():
+    plan = _plan()
+    lora = _noisy(init_lora(CONFIG, plan, jax.random.key(0)))
+    grads = jax.grad(lambda lora: jnp.sum(_output(lora, plan) ** 2))(lora)
+    for module, mask in plan.masks().items():
+        assert np.all(np.asarray(grads[module]["a"]) * (1 - mask[:, None, :]) == 0)
+        assert np.all(np.asarray(grads[module]["b"]) * (1 - mask[:, :, None]) == 0)
+        for layer, r in enumerate(plan.ranks[module]):
+            assert (np.abs(grads[module]["a"][layer]).sum() > 0) == (r > 0)
+
+
+def test_with_b_zero_the_gradient_of_a_is_exactly_zero():
+    plan = _plan()
+    lora = init_lora(CONFIG, plan, jax.random.key(0))
+    grads = jax.grad(lambda lora: jnp.sum(_output(lora, plan) ** 2))(lora)
+    for module in MODULES:
+        assert not np.asarray(grads[module]["a"]).any()
+        assert np.asarray(grads[module]["b"]).any()
+
+
+def test_merged_and_unmerged_decode_weights_agree():
+    plan = device_plan(_plan())
+    base = init_base(CONFIG, jax.random.key(7))
+    lora = _noisy(init_lora(CONFIG, _plan(), jax.random.key(0)))
+    mask = jnp.ones(TOKENS.shape, bool)
+    outputs = []
+    for merge in (True, False):
+        weights = make_decode_weights(CONFIG, base, lora, plan, merge)
+        outputs.append(prefill(CONFIG, weights, jnp.asarray(TOKENS), mask)[0])
+    chex.assert_trees_all_close(*outputs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ["constant", "rslora", "alpha_over_r"])
+def test_delta_kernel_is_scale_times_a_times_b(rule):
+    plan = _plan(rule=rule)
+    lora = _noisy(init_lora(CONFIG, plan, jax.random.key(0)))
+    delta = delta_kernel(lora, device_plan(plan), "up_proj")
+    factor = {
+        "constant": lambda r: 8 / 4,
+        "rslora": lambda r: 8 / r**0.5,
+        "alpha_over_r": lambda r: 8 / r,
+    }
+    for layer, r in enumerate(plan.ranks["up_proj"]):
+        a, b = lora["up_proj"]["a"][layer][:, :r], lora["up_proj"]["b"][layer][:r]
+        want = factor[rule](int(r)) * (a @ b) if r else jnp.zeros_like(delta[layer])
+        chex.assert_trees_all_close(delta[layer], want, atol=1e-6, rtol=1e-5)

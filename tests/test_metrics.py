@@ -1,0 +1,235 @@
+"""Metrics on disk, in TensorBoard and on a screen, read back from where they were written."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+from jaxgrpo.artifacts import RunDirectory, read_jsonl
+from jaxgrpo.metrics import MetricWriter, ProgressBar, completions_table
+
+LAYERS = 4
+STEP = {"reward": 0.5, "throughput/tokens_per_s": 1234.0, "completions/mean_length": 20.0}
+
+
+def norms(scale=1.0):
+    values = np.arange(1, LAYERS + 1) * scale
+    view = {"q_proj": {"a": values, "b": values * 10}}
+    return {"l2": view, "rms": view, "rank_free": view}
+
+
+def board_scalars(run):
+    """(name, step) -> value. An event file is of records: length, 4 bytes, payload, 4 bytes."""
+    found = {}
+    for path in sorted(run.tensorboard.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += 12 + length + 4
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+    return found
+
+
+def shown(renderable, width=200):
+    file = io.StringIO()
+    Console(file=file, width=width, force_terminal=True, color_system=None).print(renderable)
+    return file.getvalue()
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory(tmp_path / "run").create()
+
+
+def test_every_step_is_a_record_with_its_time(run):
+    with MetricWriter(run) as writer:
+        for step in (1, 2):
+            writer.write(step, {"loss": 0.25 * step, "reward": 1.0})
+    first, second = read_jsonl(run.metrics)
+    assert (first["step"], first["loss"], first["reward"]) == (1, 0.25, 1.0)
+    assert second["step"] == 2 and second["time"] >= first["time"] > 1e9
+    assert not run.layer_grad_norms.exists()
+
+
+def test_records_stay_valid_json_when_values_are_not_finite(run):
+    values = {"loss": math.nan, "grad_norm": math.inf, "kl": np.float32("-inf"), "reward": 1.0}
+    with MetricWriter(run) as writer:
+        writer.write(3, values)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    (line,) = run.metrics.read_text().splitlines()
+    record = json.loads(line, parse_constant=refuse)
+    assert record["loss"] is None and record["grad_norm"] is None and record["kl"] is None
+    assert record["nonfinite"] == ["grad_norm", "kl", "loss"]
+    assert record["reward"] == 1.0
+    assert math.isnan(board_scalars(run)["loss", 3])
+
+
+def test_a_finite_step_has_no_list_of_bad_values(run):
+    with MetricWriter(run) as writer:
+        writer.write(1, {"loss": np.float32(0.5)})
+    assert "nonfinite" not in read_jsonl(run.metrics)[0]
+
+
+def test_layer_norms_are_in_their_file_in_all_views(run):
+    with MetricWriter(run) as writer:
+        writer.write(7, {"loss": 0.5}, norms())
+    (record,) = read_jsonl(run.layer_grad_norms)
+    assert record["step"] == 7
+    assert set(record) == {"step", "l2", "rms", "rank_free"}
+    assert record["l2"]["q_proj"] == {"a": [1.0, 2.0, 3.0, 4.0], "b": [10.0, 20.0, 30.0, 40.0]}
+
+
+def test_tensorboard_holds_metrics_and_every_layer_norm(run):
+    with MetricWriter(run) as writer:
+        writer.write(1, {"loss": 0.5, "reward": 0.25}, norms())
+        writer.write(2, {"loss": 0.125}, norms(2.0))
+    scalars = board_scalars(run)
+    assert scalars["reward", 1] == 0.25 and scalars["loss", 2] == 0.125
+    assert scalars["grad_norm/q_proj/a/layer_03", 1] == 4.0
+    assert scalars["grad_norm/q_proj/a/layer_03", 2] == 8.0
+    assert scalars["grad_norm/q_proj/b/layer_00", 2] == 20.0
+    assert len([name for name, _ in scalars if name.startswith("grad_norm/")]) == 2 * 2 * LAYERS
+
+
+def test_rewinding_drops_what_came_after(run):
+    with MetricWriter(run) as writer:
+        for step in range(1, 6):
+            writer.write(step, {"loss": float(step)}, norms())
+    with MetricWriter(run) as writer:
+        writer.rewind(3)
+        writer.write(4, {"loss": 40.0}, norms())
+    assert [(r["step"], r["loss"]) for r in read_jsonl(run.metrics)] == [
+        *((step, float(step)) for step in (1, 2, 3)),
+        (4, 40.0),
+    ]
+    assert [record["step"] for record in read_jsonl(run.layer_grad_norms)] == [1, 2, 3, 4]
+
+
+def test_rewinding_past_a_line_that_a_killed_writer_left(run):
+    with MetricWriter(run) as writer:
+        for step in (1, 2):
+            writer.write(step, {"loss": 1.0})
+    with run.metrics.open("a") as file:
+        file.write('{"step": 3, "lo')
+    with MetricWriter(run) as writer:
+        with pytest.warns(UserWarning, match="cut short"):
+            writer.rewind(1)
+        writer.write(2, {"loss": 2.0})
+    assert [record["loss"] for record in read_jsonl(run.metrics)] == [1.0, 2.0]
+
+
+def test_rewinding_a_run_without_records_does_nothing(run):
+    with MetricWriter(run) as writer:
+        writer.rewind(0)
+    assert not run.metrics.exists()
+
+
+def test_completions_survive_half_characters_and_numbers_that_are_not(run):
+    record = {
+        "completion": "caf\udcc3 \ud83d 日本 \u2028 \x00",
+        "reward": math.nan,
+        "rewards": {"gsm8k_answer": math.inf, "format": 1.0},
+    }
+    with MetricWriter(run) as writer:
+        writer.write_completions(12, [record, record])
+    path = run.completions / "step_000012.jsonl"
+    lines = path.read_bytes().decode("utf-8").split("\n")
+    assert len(lines) == 3 and lines[2] == ""
+    back = json.loads(lines[0])
+    assert back["completion"] == record["completion"]
+    assert back["reward"] is None
+    assert back["rewards"] == {"gsm8k_answer": None, "format": 1.0}
+
+
+def completion(text, reward=1.0, advantage=0.5, prompt="1+1?"):
+    return {"prompt": prompt, "completion": text, "reward": reward, "advantage": advantage}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[bold]2[/bold]",
+        "[/red] 2",
+        "[link=https://x.org]2",
+        r"\[2]",
+        r"\\[a] 2",
+        "[[2]]",
+        "2\\",
+        ":100:",
+    ],
+)
+def test_brackets_in_a_completion_are_text(text):
+    assert text in shown(completions_table(1, [completion(text, prompt=text)]))
+
+
+def test_control_characters_cannot_reach_the_terminal():
+    text = shown(completions_table(1, [completion("a\x1b[31mred\x07\x9b\u202e\rb\x00")]))
+    assert "red" in text
+    assert not set("\x1b\x07\x9b\u202e\r\x00") & set(text)
+
+
+def test_the_table_shows_the_best_and_the_worst():
+    records = [completion(f"text-{i}", float(i), float(-i)) for i in range(9)]
+    table = completions_table(40, records, rows=4)
+    text = shown(table)
+    assert "completions at step 40" in text
+    assert [i for i in range(9) if f"text-{i}" in text] == [0, 1, 7, 8]
+    assert text.index("text-8") < text.index("text-7") < text.index("text-1")
+    assert "8.00" in text and "-8.00" in text and "5.00" not in text
+
+
+def test_long_prompts_keep_their_end_and_long_completions_their_start():
+    record = completion("start" + "c" * 400 + "finish", prompt="begin" + "p" * 400 + "question")
+    text = shown(completions_table(1, [record]), width=2000)
+    assert "question" in text and "begin" not in text
+    assert "start" in text and "finish" not in text
+
+
+def test_a_reward_that_is_not_a_number_is_still_shown():
+    assert "nan" in shown(completions_table(1, [completion("x", math.nan, math.nan)]))
+
+
+def test_without_a_terminal_progress_is_plain_lines():
+    file = io.StringIO()
+    console = Console(file=file, width=200)
+    with ProgressBar(steps=5, start=2, console=console, every_s=1e9) as bar:
+        for done in (3, 4, 5):
+            bar.update(done, STEP)
+        bar.print("note")
+    lines = file.getvalue().splitlines()
+    # The first step of this process, the last of the run, and no more than asked for between.
+    assert [line.split("  ")[0] for line in lines if line.startswith("step")] == [
+        "step 3/5",
+        "step 5/5",
+    ]
+    assert "reward 0.500  1,234 tok/s  20 tok/completion" in lines[0]
+    assert lines[-1] == "note" and "\x1b" not in file.getvalue()
+
+
+def test_plain_lines_come_as_often_as_asked():
+    file = io.StringIO()
+    with ProgressBar(4, 0, Console(file=file, width=200), every_s=0.0) as bar:
+        for done in range(1, 5):
+            bar.update(done, STEP)
+    assert file.getvalue().count("step ") == 4
+
+
+def test_on_a_terminal_there_is_a_bar():
+    file = io.StringIO()
+    console = Console(file=file, width=120, force_terminal=True)
+    with ProgressBar(steps=4, start=1, console=console) as bar:
+        bar.update(2, STEP)
+    assert "training" in file.getvalue() and "2/4" in file.getvalue()
+    assert "step 2/4" not in file.getvalue()

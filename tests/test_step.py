@@ -1,0 +1,306 @@
+"""The compiled step on a tiny random model: identities, skipping, masking, placement."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from jaxgrpo.config import ConfigError, GrpoConfig, MeshConfig, OptimConfig
+from jaxgrpo.grpo.optimizer import learning_rate_at, make_optimizer
+from jaxgrpo.grpo.step import (
+    init_train_state,
+    join_rows,
+    make_logprobs,
+    make_train_step,
+    split_rows,
+)
+from jaxgrpo.mesh import make_mesh, replicate, shard_rows, sharding
+from jaxgrpo.model.api import (
+    Qwen2Config,
+    base_logical_axes,
+    completion_logprobs,
+    device_plan,
+    init_base,
+    init_lora,
+    lora_logical_axes,
+)
+from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.types import TrainBatch
+
+MODEL = Qwen2Config(
+    vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1
+)
+ROWS, LENGTH, WIDTH = 8, 10, 6
+TEMPERATURE = 0.7
+
+
+def make_plan(q_ranks=(3, 1), down_ranks=(0, 2)) -> RankPlan:
+    ranks = {"q_proj": np.array(q_ranks), "down_proj": np.array(down_ranks)}
+    return RankPlan(ranks, max_rank=3, alpha=6.0, scale_rule="constant", reference_rank=3)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return init_base(MODEL, jax.random.key(0))
+
+
+@pytest.fixture
+def lora():
+    """Adapters in mid-training: B is not 0, the padding neither."""
+    lora = init_lora(MODEL, make_plan(), jax.random.key(1))
+    keys = iter(jax.random.split(jax.random.key(2), len(lora)))
+    return {
+        module: {"a": ab["a"], "b": 0.3 * jax.random.normal(next(keys), ab["b"].shape)}
+        for module, ab in lora.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def batch() -> TrainBatch:
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(2, LENGTH - WIDTH + 1, ROWS)
+    lengths = rng.integers(1, WIDTH + 1, ROWS)
+    tokens = rng.integers(0, MODEL.vocab_size, (ROWS, LENGTH))
+    columns = np.minimum(prompts[:, None] + np.arange(WIDTH), LENGTH - 1)
+    mask = (np.arange(WIDTH) < lengths[:, None]).astype(np.float32)
+    sampler = -rng.exponential(3.0, (ROWS, WIDTH)).astype(np.float32) * mask
+    return TrainBatch(
+        tokens=jnp.asarray(tokens, jnp.int32),
+        prompt_lengths=jnp.asarray(prompts, jnp.int32),
+        completion_tokens=jnp.asarray(np.take_along_axis(tokens, columns, 1), jnp.int32),
+        loss_mask=jnp.asarray(mask),
+        advantages=jnp.asarray(rng.normal(size=ROWS), jnp.float32),
+        sampler_logprobs=jnp.asarray(sampler),
+    )
+
+
+@functools.cache
+def make_step(optim: OptimConfig | None = None, **changes) -> tuple[Any, Any]:
+    grpo = GrpoConfig(logprob_chunk_tokens=16, **changes)
+    optimizer = make_optimizer(optim or OptimConfig(learning_rate=1e-2), 10)
+    return make_train_step(MODEL, grpo, TEMPERATURE, WIDTH, "none", optimizer), optimizer
+
+
+def copy(tree):
+    """The step donates its state; what a test looks at afterwards is copied before."""
+    return jax.tree.map(lambda leaf: np.array(leaf), tree)
+
+
+@contextlib.contextmanager
+def compilations():
+    """Collects one entry for everything that XLA compiles inside the block."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def run_once(base, lora, batch, plan=None, **changes):
+    step, optimizer = make_step(**changes)
+    state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
+    return step(state, base, device_plan(plan or make_plan()), batch)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo"])
+def test_micro_batched_is_whole(loss, base, lora, batch):
+    """One loss weighted by rows, one by the batch; test_loss.py has the rest per row."""
+    whole = run_once(base, lora, batch, loss=loss)
+    parts = run_once(base, lora, batch, loss=loss, micro_batches=4)
+    chex.assert_trees_all_close(parts[1], whole[1], rtol=1e-4, atol=1e-6)
+    # Adam divides by the gradient's own size, so a gradient near 0 shows its rounding.
+    chex.assert_trees_all_close(parts[0].lora, whole[0].lora, atol=1e-4)
+
+
+def test_split_rows_is_undone_and_spreads_neighbours():
+    rows = jnp.arange(12).reshape(6, 2)
+    parts = split_rows({"x": rows}, 3)
+    np.testing.assert_array_equal(parts["x"][0], rows[0::3])
+    chex.assert_trees_all_equal(join_rows(parts), {"x": rows})
+
+
+def test_another_plan_compiles_nothing(base, lora, batch):
+    step, optimizer = make_step(group_size=4)  # a configuration that no other test compiles
+    state = init_train_state(lora, optimizer)
+    plans = [make_plan(), make_plan((0, 3), (3, 3)), make_plan((1, 1), (0, 0))]
+    first, *others = [device_plan(plan) for plan in plans]
+    with compilations() as compiled:
+        state, _ = step(state, base, first, batch)
+    assert compiled
+    with compilations() as compiled:
+        for plan in others:
+            state, _ = step(state, base, plan, batch)
+    assert not compiled
+    assert step._cache_size() == 1
+
+
+def test_gradient_matches_a_finite_difference_of_the_loss(base, lora, batch):
+    """Plain gradient descent at a known rate shows the gradient that the step used."""
+    optimizer = optax.sgd(1.0)
+    grpo = GrpoConfig(importance_correction="none", num_iterations=2)
+    step = make_train_step(MODEL, grpo, TEMPERATURE, WIDTH, "none", optimizer)
+    score = make_logprobs(MODEL, TEMPERATURE, 64, "none", 1)
+    plan = device_plan(make_plan())
+    old = score(base, lora, plan, batch.tokens, batch.prompt_lengths, batch.completion_tokens)
+    batch = dataclasses.replace(batch, old_logprobs=old)
+
+    def loss_at(lora) -> float:
+        state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
+        return float(step(state, base, plan, batch)[1].scalars["loss"])
+
+    state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
+    after, metrics = step(state, base, plan, batch)
+    direction = jax.tree.map(lambda new, start: start - new, after.lora, lora)
+    norm = metrics.scalars["grad_norm"]
+    along = [
+        jax.tree.map(lambda w, g, e=e: w + e * g / norm, lora, direction) for e in (1e-2, -1e-2)
+    ]
+    slope = (loss_at(along[0]) - loss_at(along[1])) / 2e-2
+    np.testing.assert_allclose(slope, norm, rtol=5e-3)
+
+
+def test_repeated_updates_on_one_batch_lower_the_loss(base, lora, batch):
+    """Inner iterations: the first makes old log-probs of its own, later ones are given them."""
+    step, optimizer = make_step(num_iterations=3, importance_correction="none")
+    score = make_logprobs(MODEL, TEMPERATURE, 16, "none", 2)
+    plan = device_plan(make_plan())
+    old = score(base, lora, plan, batch.tokens, batch.prompt_lengths, batch.completion_tokens)
+    given = dataclasses.replace(batch, old_logprobs=old)
+    own, with_old = (
+        step(init_train_state(jax.tree.map(jnp.array, lora), optimizer), base, plan, rows)
+        for rows in (batch, given)
+    )
+    chex.assert_trees_all_close(own[1], with_old[1], rtol=1e-3, atol=1e-5)
+    state, metrics = with_old
+    losses = [float(metrics.scalars["loss"])]
+    for _ in range(2):
+        state, metrics = step(state, base, plan, given)
+        losses.append(float(metrics.scalars["loss"]))
+    assert losses[2] < losses[1] < losses[0], losses
+    assert int(state.step) == 3
+
+
+def test_log_probs_are_the_models_and_without_adapters_the_base_models(base, lora, batch):
+    plan = device_plan(make_plan())
+    rows = (batch.tokens, batch.prompt_lengths, batch.completion_tokens)
+    options = {"temperature": TEMPERATURE, "chunk_tokens": 64, "remat": "none"}
+    score = make_logprobs(MODEL, TEMPERATURE, 16, "none", 4)
+    mask = batch.loss_mask
+    for adapters in ((lora, plan), (None, None)):
+        expected, _ = completion_logprobs(MODEL, base, *adapters, *rows, **options)
+        got = score(base, *adapters, *rows)
+        np.testing.assert_allclose(got * mask, expected * mask, rtol=1e-5, atol=1e-5)
+    silent = {m: {"a": ab["a"], "b": jnp.zeros_like(ab["b"])} for m, ab in lora.items()}
+    np.testing.assert_allclose(
+        score(base, silent, plan, *rows) * mask, score(base, None, None, *rows) * mask, atol=1e-6
+    )
+
+
+def test_padding_never_moves_not_even_by_weight_decay(base, lora, batch):
+    step, optimizer = make_step(OptimConfig(learning_rate=0.1, weight_decay=0.5))
+    before, plan = copy(lora), make_plan()
+    state = init_train_state(lora, optimizer)
+    for _ in range(2):
+        state, _ = step(state, base, device_plan(plan), batch)
+    state, metrics = step(state, base, device_plan(plan), batch)
+    for module, mask in plan.masks().items():
+        for side, used in (("a", mask[:, None, :]), ("b", mask[:, :, None])):
+            moved = np.asarray(state.lora[module][side]) != before[module][side]
+            used = np.broadcast_to(used, moved.shape) > 0
+            assert not moved[~used].any(), (module, side)
+            assert moved[used].mean() > 0.99, (module, side)
+            norms = np.asarray(metrics.layer_grad_norms["rms"][module][side])
+            np.testing.assert_array_equal(norms == 0, plan.ranks[module] == 0)
+
+
+def test_squares_of_layer_norms_sum_to_the_global_norm_squared(base, lora, batch):
+    _, metrics = run_once(base, lora, batch)
+    norms = jax.tree.leaves(metrics.layer_grad_norms["l2"])
+    total = sum(float(np.sum(np.square(leaf))) for leaf in norms)
+    np.testing.assert_allclose(total, float(metrics.scalars["grad_norm"]) ** 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", ["advantages", "old_logprobs"])
+def test_a_non_finite_update_is_skipped_and_counted(bad, base, lora, batch):
+    step, optimizer = make_step(OptimConfig(learning_rate=1e-2, weight_decay=0.1))
+    plan = device_plan(make_plan())
+    good = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
+    spoilt = getattr(good, bad).at[0].set(jnp.nan if bad == "advantages" else -jnp.inf)
+    state, _ = step(init_train_state(lora, optimizer), base, plan, good)
+    before = copy(state)
+    state, metrics = step(state, base, plan, dataclasses.replace(good, **{bad: spoilt}))
+    assert int(state.skipped) == 1
+    assert float(metrics.scalars["grpo/skipped_updates"]) == 1
+    after = copy(state)
+    chex.assert_trees_all_equal(
+        (after.lora, after.opt_state, after.step), (before.lora, before.opt_state, before.step)
+    )
+    state, metrics = step(state, base, plan, good)
+    assert (int(state.step), int(state.skipped)) == (2, 1)
+    chex.assert_tree_all_finite((state, metrics))
+    assert not np.array_equal(state.lora["q_proj"]["b"], before.lora["q_proj"]["b"])
+
+
+def test_learning_rate_in_use_is_reported(base, lora, batch):
+    config = OptimConfig(learning_rate=1e-2, schedule="linear", warmup_steps=2)
+    step, optimizer = make_step(config)
+    state = init_train_state(lora, optimizer)
+    for update in range(4):
+        state, metrics = step(state, base, device_plan(make_plan()), batch)
+        expected = learning_rate_at(config, 10, update)
+        np.testing.assert_allclose(metrics.scalars["learning_rate"], expected, rtol=1e-6)
+
+
+def test_greedy_sampling_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"rollout\.temperature must be positive"):
+        make_logprobs(MODEL, 0.0, 16, "none", 1)
+
+
+def place(mesh: Mesh, tree: Any, axes: Any) -> Any:
+    """`tree` on the mesh by the logical axis names of its leaves."""
+    return jax.tree.map(
+        lambda names, leaf: jax.device_put(leaf, sharding(mesh, names)),
+        axes,
+        tree,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_eight_devices_are_one_and_keep_the_state_in_place(base, lora, batch):
+    plan = device_plan(make_plan())
+    expected_state, expected = run_once(base, lora, batch, micro_batches=2)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2), jax.devices()[:8])
+    step, optimizer = make_step(micro_batches=2)
+    with jax.set_mesh(mesh):
+        lora = place(mesh, lora, lora_logical_axes(tuple(lora)))
+        base = place(mesh, base, base_logical_axes(MODEL))
+        plan, rows = replicate(mesh, plan), shard_rows(mesh, batch)
+        state = init_train_state(lora, optimizer)
+        before = jax.tree.map(lambda leaf: leaf.sharding, state)
+        state, metrics = step(state, base, plan, rows)
+        chex.assert_trees_all_close(metrics, expected, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(state.lora, expected_state.lora, atol=1e-4)
+        with compilations() as compiled:
+            state, _ = step(state, base, plan, rows)
+        assert not compiled
+        stayed = jax.tree.map(
+            lambda leaf, was: leaf.sharding.is_equivalent_to(was, leaf.ndim), state, before
+        )
+        assert all(jax.tree.leaves(stayed)), stayed
