@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from jaxgrpo.artifacts import DivergedError, RunLockedError
+from jaxgrpo.commands.bench import BENCH
 from jaxgrpo.commands.chat import CHAT
 from jaxgrpo.commands.command import (
     EMBEDDED_CONFIG,
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     "export": EXPORT,
     "compress": COMPRESS,
     "chat": CHAT,
+    "bench": BENCH,
 }
 COMMANDS["completion"] = make_completion(COMMANDS)
 

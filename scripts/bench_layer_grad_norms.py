@@ -1,9 +1,9 @@
-"""What the per-layer gradient norms cost: the train step without them, with views 1-3, with all four.
+"""What the per-layer gradient norms cost: the step without, with views 1-3, with all.
 
-    python scripts/bench_layer_grad_norms.py [preset] [layers] [rows] [remat]
+    python scripts/bench_layer_grad_norms.py [key=value ...]
 
-Random weights at a preset's shapes, rank 32, one micro-batch of rows of 128 + 256 tokens. Without
-norms means a step whose norms nobody asks for, so that XLA leaves them out.
+Settings are those of `python -m jaxgrpo.run bench train`, for instance bench.num_layers=8
+grpo.prompts_per_step=8. "None" is a step whose norms nobody asks for, so that XLA leaves them out.
 """
 
 from __future__ import annotations
@@ -13,52 +13,64 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 
-from jaxgrpo.bench import Bench, BenchConfig, BenchSettings, environment
-from jaxgrpo.config import GrpoConfig, LoraConfig, RolloutConfig
+from jaxgrpo.bench.measure import Bench, environment
+from jaxgrpo.commands.bench import BENCH
+from jaxgrpo.commands.command import parse_settings
 from jaxgrpo.grpo.step import init_train_state, make_train_step
 from jaxgrpo.mesh import gpu_options
 
-REPEATS = 7
+VARIANTS = {"none": (False, False), "1-3": (False, True), "1-4": (True, True)}
+"""Views -> whether the step differentiates by the frozen weights, whether it returns the norms."""
+
+LIMITS = {"1-3": 1.02, "1-4": 2.0}
 
 
-def main(
-    preset: str = "qwen2.5-1.5b", layers: str = "28", rows: str = "64", remat: str = "auto"
-) -> None:
-    config = BenchConfig(
-        lora=LoraConfig(rank=32),
-        rollout=RolloutConfig(max_completion_tokens=256),
-        grpo=GrpoConfig(prompts_per_step=int(rows) // 8, group_size=8, logprob_chunk_tokens=4096),
-        bench=BenchSettings(preset=preset, num_layers=int(layers)),
+def measure(bench: Bench, by_kernels: bool, keep: bool) -> list[float]:
+    """Seconds of each run, the one that compiles first."""
+    config = bench.config
+    step = make_train_step(
+        bench.model,
+        config.grpo,
+        config.rollout.temperature,
+        config.rollout.max_completion_tokens,
+        config.model.remat,
+        bench.optimizer,
+        weight_grad_norms=by_kernels,
     )
-    bench = Bench(config)
-    batch = bench._batch(bench._completions(bench._lengths()))
-    seconds = {}
-    for name, by_kernels, keep in (("none", False, False), ("1-3", False, True), ("1-4", True, True)):
-        step = make_train_step(
-            bench.model, config.grpo, 1.0, 256, remat, bench.optimizer,
-            weight_grad_norms=by_kernels,
-        )  # fmt: skip
 
-        def run(state, base, plan, batch, step=step, keep=keep):
-            state, report = step(state, base, plan, batch)
-            return state, report if keep else report.scalars
+    def run(state, base, plan, batch):
+        state, report = step(state, base, plan, batch)
+        return state, report if keep else report.scalars
 
-        run = jax.jit(run, donate_argnums=0, compiler_options=gpu_options())
-        state = init_train_state(jax.tree.map(jax.numpy.array, bench.lora), bench.optimizer)
-        times = []
-        for _ in range(REPEATS + 1):
-            start = time.perf_counter()
-            state, report = jax.block_until_ready(run(state, bench.base, bench.plan, batch))
-            times.append(time.perf_counter() - start)
-        seconds[name] = statistics.median(times[1:])
+    run = jax.jit(run, donate_argnums=0, compiler_options=gpu_options())
+    state = init_train_state(jax.tree.map(jnp.array, bench.lora), bench.optimizer)
+    batch = bench.make_batch(bench.make_completions())
+    times = []
+    for _ in range(config.bench.repeats + 1):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(run(state, bench.base, bench.plan, batch))
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def main(words: list[str]) -> None:
+    bench = Bench(parse_settings("bench", BENCH, words))
+    medians = {}
+    for name, variant in VARIANTS.items():
+        times = measure(bench, *variant)
+        medians[name] = statistics.median(times[1:])
         spread = max(times[1:]) - min(times[1:])
-        print(f"views {name}: {seconds[name] * 1e3:.2f} ms (spread {spread * 1e3:.2f} ms, "
-              f"first {times[0]:.1f} s)", flush=True)  # fmt: skip
-    for name, limit in (("1-3", 1.02), ("1-4", 2.0)):
-        print(f"views {name} / none = {seconds[name] / seconds['none']:.4f} (limit {limit})")
+        print(
+            f"views {name}: {medians[name] * 1e3:.2f} ms (spread {spread * 1e3:.2f} ms, "
+            f"first {times[0]:.1f} s)",
+            flush=True,
+        )
+    for name, limit in LIMITS.items():
+        print(f"views {name} / none = {medians[name] / medians['none']:.4f} (limit {limit})")
     print(environment())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

@@ -49,7 +49,8 @@ def kv_bytes(config: Qwen2Config) -> int:
 def decode_step_seconds(
     config: Qwen2Config, device: Device, rows: int, prompts: int, prompt_tokens: float, own: float
 ) -> float:
-    """One token for each of `rows`, each with `own` tokens so far; prompts are read once a group."""
+    """One token for each of `rows`, each with `own` tokens so far; prompts are read once a
+    group."""
     item = config.compute_dtype.itemsize
 
     def product(parameters: int) -> float:

@@ -1,0 +1,316 @@
+"""Speed of the rollout, the train step or the whole step: random weights, synthetic prompts.
+
+Shapes come from a preset, everything else from the ordinary configuration. What is timed is what
+training runs. Each figure is the median of `bench.repeats` runs after one that compiles.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrpo.artifacts import atomic_write_json
+from jaxgrpo.bench.floor import DEVICES, decode_seconds, train_flops
+from jaxgrpo.bench.kernels import profile_kernels
+from jaxgrpo.bench.settings import SIGMA, BenchConfig
+from jaxgrpo.config import check_choice
+from jaxgrpo.data import train_rows
+from jaxgrpo.grpo.optimizer import make_optimizer
+from jaxgrpo.grpo.step import (
+    TrainStep,
+    init_train_state,
+    make_gradients,
+    make_logprobs,
+    make_train_step,
+)
+from jaxgrpo.iteration import bin_sizes
+from jaxgrpo.mesh import gpu_options, to_host
+from jaxgrpo.model.api import (
+    PRESETS,
+    device_plan,
+    init_base,
+    init_lora,
+    make_decode_weights,
+    prefill,
+)
+from jaxgrpo.packing import pack_rows
+from jaxgrpo.rank_plan import make_rank_plan
+from jaxgrpo.rollout.engine import make_generate
+from jaxgrpo.rollout.stop import StopRules
+from jaxgrpo.session import resolve_dtype
+from jaxgrpo.types import PromptBatch, Rollout, TrainBatch, TrainState, Tree
+
+
+def run_bench(config: BenchConfig) -> dict[str, Any]:
+    """Measures config.phase; the figures by name, units in the names.
+
+    Raises:
+        ConfigError: an unknown preset.
+        OSError: bench.out cannot be written.
+    """
+    bench = Bench(config)
+    figures = {"rollout": bench.rollout, "train": bench.train, "step": bench.step}
+    found = environment() | figures[config.phase]()
+    if config.bench.out is not None:
+        atomic_write_json(Path(config.bench.out), found)
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Device and versions, without which no figure means anything."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return {"device": jax.devices()[0].device_kind} | versions
+
+
+class Bench:
+    """The programs and arrays of one configuration on one device.
+
+    Attributes:
+        lengths: completion tokens of each row.
+        step, state: the train step as (batch) -> report; it consumes its state, so `state[0]` is
+            the newest.
+    """
+
+    def __init__(self, config: BenchConfig) -> None:
+        bench = config.bench
+        check_choice(bench.preset, list(PRESETS), "bench.preset")
+        model = replace(PRESETS[bench.preset], dtype=resolve_dtype(config.model.dtype))
+        if bench.num_layers is not None:
+            model = replace(model, num_layers=bench.num_layers)
+        self.config, self.model = config, model
+        self.base: Tree = jax.jit(init_base, static_argnums=0)(model, jax.random.key(0))
+        plan = make_rank_plan(config.lora, model.num_layers)
+        self.plan = device_plan(plan)
+        self.lora = init_lora(model, plan, jax.random.key(1))
+        self.optimizer = make_optimizer(config.optim, 1000)
+        # No row ends by itself: the stop token is one that does not exist.
+        self.generate = make_generate(
+            model, config.rollout, StopRules((model.vocab_size,)), config.grpo.group_size
+        )
+        self.rng = np.random.default_rng(config.seed)
+        self.prompts = self._make_prompts()
+        self.lengths = self._make_lengths()
+
+    def rollout(self) -> dict[str, Any]:
+        """Prefill and decoding."""
+        rows, width = self.config.grpo.rows_per_step, self.config.rollout.max_completion_tokens
+        prompts, length = self.prompts.tokens.shape
+        first, seconds = self._time(lambda: self.sample(self.lora))
+        found: dict[str, Any] = {
+            "rows": rows,
+            "rollout_s": seconds,
+            "first_rollout_s": first,
+            "rollout_tokens_per_s": int(self.lengths.sum()) / seconds,
+            "token_step_ms": 1e3 * seconds / width,
+        }
+        device = DEVICES.get(jax.devices()[0].device_kind)
+        if device is not None and self.config.bench.lengths == "equal":
+            group = self.config.grpo.group_size
+            floor = decode_seconds(self.model, device, prompts, group, length, width)
+            found["decode_share_of_floor"] = floor / seconds
+        return found | self._memory() | self._kernels(lambda: self.sample(self.lora))
+
+    def train(self) -> dict[str, Any]:
+        """Forward, backward and update on completions of given lengths."""
+        batch = self.make_batch(self.make_completions())
+        step, _ = self.make_step()
+        first, seconds = self._time(lambda: step(batch))
+        prompt_tokens = self.config.grpo.rows_per_step * self.config.bench.prompt_tokens
+        scored = int(self.lengths.sum())
+        # Counted as if every row ran its prompt: the work that any trainer of whole rows does.
+        flops = train_flops(self.model, prompt_tokens + scored, scored)
+        computed = self.config.grpo.rows_per_step * batch.tokens.shape[1]
+        if batch.packing is not None:
+            computed = int(np.prod(batch.packing.tokens.shape))
+        shared = prompt_tokens // self.config.grpo.group_size
+        own = train_flops(self.model, shared + scored, scored)
+        found = {
+            "train_s": seconds,
+            "first_train_s": first,
+            "train_tokens_per_s": (prompt_tokens + scored) / seconds,
+            "completion_tokens_per_s": scored / seconds,
+            "model_tflops": flops / seconds / 1e12,
+            "model_tflops_prompts_once": own / seconds / 1e12,
+            "computed_tokens": computed,
+        }
+        if self.config.bench.breakdown:
+            found |= self._parts_of_training(batch)
+        return found | self._memory() | self._kernels(lambda: step(batch))
+
+    def step(self) -> dict[str, Any]:
+        """A whole step as training runs it, tokenizer and rewards aside."""
+        step, state = self.make_step()
+        laps: dict[str, list[float]] = {"rollout": [], "host": [], "train": []}
+
+        def once() -> Any:
+            start = time.perf_counter()
+            host = to_host(self.sample(state[0].lora))
+            sampled = time.perf_counter()
+            batch = jax.block_until_ready(self.make_batch(host))
+            packed = time.perf_counter()
+            report = to_host(step(batch))
+            end = time.perf_counter()
+            for name, lap in zip(
+                laps, (sampled - start, packed - sampled, end - packed), strict=True
+            ):
+                laps[name].append(lap)
+            return report
+
+        first, seconds = self._time(once)
+        found: dict[str, Any] = {"step_s": seconds, "first_step_s": first}
+        found |= {f"{name}_s": statistics.median(lap[1:]) for name, lap in laps.items()}
+        if self.config.bench.breakdown:
+            found |= self._parts_of_sampling()
+            found |= self._parts_of_training(self.make_batch(self.make_completions()))
+        return found | self._memory() | self._kernels(once)
+
+    def sample(self, lora: Tree) -> Rollout:
+        """Merges the adapters and samples."""
+        key = jax.random.key(self.config.seed)
+        weights = self._decode_weights(lora)
+        tokens, mask = jnp.asarray(self.prompts.tokens), jnp.asarray(self.prompts.mask)
+        return self.generate(weights, tokens, mask, key)
+
+    def make_step(
+        self, *, weight_grad_norms: bool | None = None
+    ) -> tuple[Callable[[TrainBatch], Any], list[TrainState]]:
+        """The train step as (batch) -> report, and the place of its newest state."""
+        config = self.config
+        by_kernels = config.weight_grad_norms if weight_grad_norms is None else weight_grad_norms
+        train_step: TrainStep = make_train_step(
+            self.model,
+            config.grpo,
+            config.rollout.temperature,
+            config.rollout.max_completion_tokens,
+            config.model.remat,
+            self.optimizer,
+            weight_grad_norms=by_kernels,
+        )
+        state = [init_train_state(jax.tree.map(jnp.array, self.lora), self.optimizer)]
+
+        def step(batch: TrainBatch) -> Any:
+            state[0], report = train_step(state[0], self.base, self.plan, batch)
+            return report
+
+        return step, state
+
+    def make_completions(self) -> Rollout:
+        """Random completions of `lengths` tokens, as if sampled uniformly."""
+        shape = (len(self.lengths), self.config.rollout.max_completion_tokens)
+        mask = np.arange(shape[1])[None, :] < self.lengths[:, None]
+        tokens = self.rng.integers(0, self.model.vocab_size, shape).astype(np.int32) * mask
+        logprobs = np.where(mask, -np.log(self.model.vocab_size), 0.0).astype(np.float32)
+        reasons = np.zeros(shape[0], np.int32)
+        return Rollout(*map(jnp.asarray, (tokens, mask, logprobs, self.lengths, reasons)))
+
+    def make_batch(self, rollout: Rollout) -> TrainBatch:
+        """The rows on the device, packed as training packs them, with random advantages."""
+        grpo = self.config.grpo
+        lengths, completions = np.asarray(rollout.lengths), np.asarray(rollout.tokens)
+        rows, prompt_lengths = train_rows(self.prompts, rollout.tokens, lengths, grpo.group_size)
+        arrays: dict[str, Any] = {
+            "tokens": rows,
+            "prompt_lengths": prompt_lengths,
+            "completion_tokens": completions,
+            "loss_mask": np.asarray(rollout.mask, np.float32),
+            "advantages": self.rng.normal(size=len(rows)).astype(np.float32),
+            "sampler_logprobs": np.asarray(rollout.logprobs),
+        }
+        packed = pack_rows(
+            rows,
+            prompt_lengths,
+            completions,
+            lengths,
+            group_size=grpo.group_size,
+            micro_batches=grpo.micro_batches,
+            shards=1,
+            sizes=bin_sizes(),
+        )
+        if packed is not None:
+            order, packing = packed
+            arrays = {name: values[order] for name, values in arrays.items()}
+            arrays["packing"] = packing
+        return TrainBatch(**jax.tree.map(jnp.asarray, arrays))
+
+    def _decode_weights(self, lora: Tree) -> Tree:
+        merge = self.config.rollout.merge_lora
+        return make_decode_weights(self.model, self.base, lora, self.plan, merge)
+
+    def _parts_of_sampling(self) -> dict[str, float]:
+        """Merging and prefill by themselves; the rest of a rollout is decoding."""
+        weights = self._decode_weights(self.lora)
+        run = jax.jit(prefill, static_argnums=0, compiler_options=gpu_options())
+        tokens, mask = jnp.asarray(self.prompts.tokens), jnp.asarray(self.prompts.mask)
+        return {
+            "merge_s": self._time(lambda: self._decode_weights(self.lora))[1],
+            "prefill_s": self._time(lambda: run(self.model, weights, tokens, mask))[1],
+        }
+
+    def _parts_of_training(self, batch: TrainBatch) -> dict[str, float]:
+        """Log-probs alone (forward), and gradients without the update."""
+        config = self.config
+        logprobs = make_logprobs(
+            self.model,
+            config.rollout.temperature,
+            config.grpo.logprob_chunk_tokens,
+            "none",
+            config.grpo.micro_batches,
+        )
+        gradients = jax.jit(
+            make_gradients(
+                self.model,
+                config.grpo,
+                config.rollout.temperature,
+                config.rollout.max_completion_tokens,
+                config.model.remat,
+                objective="grpo",
+                by_kernels=False,
+            ),
+            compiler_options=gpu_options(),
+        )
+        rows = (batch.tokens, batch.prompt_lengths, batch.completion_tokens, batch.packing)
+        run = (self.lora, self.base, self.plan, batch)
+        return {
+            "logprobs_s": self._time(lambda: logprobs(self.base, self.lora, self.plan, *rows))[1],
+            "forward_backward_s": self._time(lambda: gradients(*run))[1],
+        }
+
+    def _make_prompts(self) -> PromptBatch:
+        shape = (self.config.grpo.prompts_per_step, self.config.bench.prompt_tokens)
+        tokens = self.rng.integers(0, self.model.vocab_size, shape).astype(np.int32)
+        names = [""] * shape[0]
+        return PromptBatch(tokens, np.ones(shape, bool), names, names, list(range(shape[0])))
+
+    def _make_lengths(self) -> np.ndarray:
+        rows, cap = self.config.grpo.rows_per_step, self.config.rollout.max_completion_tokens
+        if self.config.bench.lengths == "equal":
+            return np.full(rows, cap, np.int32)
+        mean = np.log(self.config.bench.mean_tokens) - SIGMA**2 / 2
+        return np.clip(self.rng.lognormal(mean, SIGMA, rows), 1, cap).astype(np.int32)
+
+    def _time(self, run: Callable[[], Any]) -> tuple[float, float]:
+        """Seconds of the first run, and the median of the others."""
+        seconds = []
+        for _ in range(self.config.bench.repeats + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds.append(time.perf_counter() - start)
+        return seconds[0], statistics.median(seconds[1:])
+
+    def _memory(self) -> dict[str, float]:
+        stats = jax.local_devices()[0].memory_stats()
+        return {"peak_memory_gib": stats["peak_bytes_in_use"] / 2**30} if stats else {}
+
+    def _kernels(self, run: Callable[[], Any]) -> dict[str, Any]:
+        if self.config.bench.profile is None:
+            return {}
+        return {"kernels": profile_kernels(run, Path(self.config.bench.profile))}

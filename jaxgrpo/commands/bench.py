@@ -1,0 +1,69 @@
+"""`bench`: speed on this machine, beside the least time that its memory and arithmetic allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxgrpo.bench.settings import PHASES, BenchConfig
+from jaxgrpo.commands.command import EMBEDDED_CONFIG, Command
+from jaxgrpo.config import ConfigError
+
+
+def run(config: BenchConfig, console: Console) -> int:
+    from jaxgrpo.bench.measure import run_bench
+
+    figures = run_bench(config)
+    table = Table(title=f"bench {config.phase}", title_justify="left", box=None, pad_edge=False)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in figures.items():
+        if name != "kernels":
+            table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+    if "kernels" in figures:
+        table = Table(title="kernels", title_justify="left", box=None, pad_edge=False)
+        for heading in ("ms", "calls", "us each", "name"):
+            table.add_column(heading, justify="left" if heading == "name" else "right")
+        for name, calls, seconds in figures["kernels"]:
+            table.add_row(
+                f"{1e3 * seconds:,.2f}", str(calls), f"{1e6 * seconds / calls:,.1f}", name
+            )
+        console.print(table)
+    if config.bench.out is not None:
+        console.print(f"wrote {config.bench.out}", highlight=False)
+    return 0
+
+
+def take_phase(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The words without the one that says what to measure."""
+    named = [word for word in words if word in PHASES]
+    if len(named) > 1:
+        raise ConfigError(f"bench measures one phase at a time, got {' and '.join(named)}")
+    for word in words:
+        setting = "=" in word or word.startswith("-")
+        if not (setting or word in PHASES or Path(word).exists()):
+            raise ConfigError(f"bench: '{word}' is no file and none of {', '.join(PHASES)}")
+    return [w for w in words if w not in PHASES], {"phase": named[0]} if named else {}
+
+
+BENCH = Command(
+    run,
+    "measure the sampler, the train step or both on random weights",
+    "  bench rollout    prefill and decoding: tokens/s, share of the floor\n"
+    "  bench train      forward, backward, update: tokens/s, model TFLOP/s\n"
+    "  bench step       the whole step, and what each phase of it takes\n\n"
+    "  bench.preset=qwen2.5-7b bench.num_layers=8 bench.prompt_tokens=128\n"
+    "  bench.lengths=lognormal bench.mean_tokens=200 rollout.max_completion_tokens=512\n"
+    "  bench.breakdown=true bench.profile=DIR bench.out=figures.json\n\n"
+    "Without a CONFIG: 1.5B shapes, 32 prompts of 128 tokens x 8 completions of 256.\n"
+    "The floor is bytes over bandwidth or operations over rate, the larger, by layer.",
+    "bench rollout bench.num_layers=1 bench.repeats=1 grpo.prompts_per_step=1 "
+    "rollout.max_completion_tokens=4",
+    BenchConfig,
+    default=EMBEDDED_CONFIG.with_name("bench.yaml"),
+    collects=take_phase,
+)
