@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def profile_kernels(run: Callable[[], Any], directory: Path) -> list[tuple[str, 
         jax.block_until_ready(run())
     traces = sorted(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     calls: Counter[str] = Counter()
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for plane in jax.profiler.ProfileData.from_file(str(traces[-1])).planes:
         if not plane.name.startswith("/device:GPU"):
             continue
@@ -31,7 +31,10 @@ def profile_kernels(run: Callable[[], Any], directory: Path) -> list[tuple[str, 
             for event in line.events:
                 calls[event.name] += 1
                 seconds[event.name] += event.duration_ns / 1e9
-    rows = [(name, calls[name], taken) for name, taken in seconds.most_common()]
+    rows = [
+        (name, calls[name], taken)
+        for name, taken in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
     rest = rows[SHOWN:]
     if rest:
         left = float(sum(row[2] for row in rest))

@@ -237,16 +237,25 @@ def decode_step(
     cache: tuple[LayerCache, ...],
     tokens: Int[Array, " B"],
     t: Int[Array, ""],
+    prompt_of: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
-    """Feeds the completion token with index `t` of every row; row p*G+g belongs to prompt p."""
-    group = tokens.shape[0] // prompt_mask.shape[0]
-    positions = jnp.repeat(jnp.sum(prompt_mask, axis=1), group) + t
+    """Feeds the completion token with index `t` of every row.
+
+    Args:
+        prompt_of: which prompt a row continues; None: row p*G+g continues prompt p. Taken only
+            where `kv_cache.use_kernel` says so.
+    """
+    lengths = jnp.sum(prompt_mask, axis=1)
+    if prompt_of is None:
+        positions = jnp.repeat(lengths, tokens.shape[0] // len(lengths)) + t
+    else:
+        positions = lengths[prompt_of] + t
     rope = rotary_tables(config, positions)
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     new_cache = []
     for layer, prompt, completion in zip(weights["layers"], prompt_cache, cache, strict=True):
         x, completion = _block(config, layer).apply(  # type: ignore[misc]
-            layer, x, rope, prompt, prompt_mask, completion, t, method="decode"
+            layer, x, rope, prompt, prompt_mask, prompt_of, completion, t, method="decode"
         )
         new_cache.append(completion)
     return _final_norm(config, weights, x), tuple(new_cache)

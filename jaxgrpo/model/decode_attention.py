@@ -1,9 +1,10 @@
-"""Attention of one new token per row, as one Triton kernel: no scores in memory, no idle slots.
+"""A layer's attention for one new token per row, as one Triton kernel.
 
-One program per row and key/value head. It reads the row's prompt, from the cache that its group
-shares (so that the group's other rows find it in the card's L2), from the first real token on;
-then the row's own slots up to the current one. The cost follows the real length, whatever the
-caches' size.
+One program per row and key/value head. It rotates the row's queries and its new key, writes key
+and value into the row's cache, and attends: the prompt, from the cache that its group shares (so
+that the group's other rows find it in the card's L2), from the first real token on; the row's own
+earlier tokens; and the new one, which it still holds. The cost follows the real length, whatever
+the caches' size, and nothing between the projections goes through memory but the caches.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ State = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def decode_attention(
-    q: Float[Array, "B N H"],
+    qkv: Float[Array, "B heads H"],
+    rope: tuple[Float[Array, "B half"], Float[Array, "B half"]],
     prompt: dict[str, jax.Array],
     prompt_start: Int[Array, " P"],
+    prompt_of: Int[Array, " B"],
     completion: dict[str, jax.Array],
     slot: Int[Array, ""],
     *,
@@ -39,85 +42,134 @@ def decode_attention(
     num_warps: int = 2,
     num_stages: int = 3,
     interpret: bool = False,
-) -> Float[Array, "B N H"]:
+) -> tuple[Float[Array, "B N H"], dict[str, jax.Array]]:
     """One query per row over its prompt's slots from `prompt_start` and its own up to `slot`.
 
     Args:
+        qkv: queries (N heads), keys (K) and values (K) of the new tokens, not yet rotated.
+        rope: cosine and sine at each row's position (`qwen2.rotary_tables`), float32.
         prompt: {"k", "v"} [P, K, S, H], S a multiple of `block`.
-        completion: {"k", "v"} [B, K, C, H], C a multiple of `block`.
+        prompt_of: which prompt a row continues.
+        completion: {"k", "v"} [B, K, C, H], C a multiple of `block`; updated in place.
         interpret: run without a GPU, for tests.
+
+    Returns:
+        What was attended, and `completion` with the new keys and values in `slot`.
     """
-    rows, heads, head_dim = q.shape
-    prompts, kv_heads, prompt_slots, _ = prompt["k"].shape
+    rows, all_heads, head_dim = qkv.shape
+    kv_heads, prompt_slots = prompt["k"].shape[1:3]
     slots = completion["k"].shape[2]
-    group, shared = rows // prompts, heads // kv_heads
+    heads = all_heads - 2 * kv_heads
+    shared = heads // kv_heads
     assert prompt_slots % block == 0 and slots % block == 0, (prompt_slots, slots, block)
     assert shared <= PADDED_HEADS, f"{shared} query heads share a key/value head"
     kernel = functools.partial(
-        _kernel, shared=shared, prompt_slots=prompt_slots, block=block, scale=head_dim**-0.5
+        _kernel, heads=heads, shared=shared, prompt_slots=prompt_slots, block=block
     )
-    of_row = pl.BlockSpec((None, None, PADDED_HEADS, head_dim), lambda b, k: (b, k, 0, 0))
-    of_prompt = pl.BlockSpec(
-        (None, None, prompt_slots, head_dim), lambda b, k: (b // group, k, 0, 0)
-    )
+    whole_prompts = pl.BlockSpec(prompt["k"].shape, lambda b, k: (0, 0, 0, 0))
     own = pl.BlockSpec((None, None, slots, head_dim), lambda b, k: (b, k, 0, 0))
-    out = pl.pallas_call(
+    of_row = pl.BlockSpec((None, head_dim // 2), lambda b, k: (b, 0))
+    cache = jax.ShapeDtypeStruct(completion["k"].shape, completion["k"].dtype)
+    attended, keys, values = pl.pallas_call(
         kernel,
         # Rows vary fastest, so that the rows of a group run side by side.
         grid=(rows, kv_heads),
         in_specs=[
+            pl.BlockSpec((None, all_heads, head_dim), lambda b, k: (b, 0, 0)),
             of_row,
-            of_prompt,
-            of_prompt,
-            pl.BlockSpec((None,), lambda b, k: (b // group,)),
-            own,
-            own,
+            of_row,
+            whole_prompts,
+            whole_prompts,
+            pl.BlockSpec(prompt_start.shape, lambda b, k: (0,)),
+            pl.BlockSpec((None,), lambda b, k: (b,)),
             pl.BlockSpec((), lambda b, k: ()),
+            own,
+            own,
         ],
-        out_specs=of_row,
-        out_shape=jax.ShapeDtypeStruct((rows, kv_heads, shared, head_dim), q.dtype),
+        out_specs=(
+            pl.BlockSpec((None, None, shared, head_dim), lambda b, k: (b, k, 0, 0)),
+            own,
+            own,
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct((rows, kv_heads, shared, head_dim), qkv.dtype),
+            cache,
+            cache,
+        ),
+        input_output_aliases={8: 1, 9: 2},
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
         name="decode_attention",
     )(
-        q.reshape(rows, kv_heads, shared, head_dim),
+        qkv,
+        *rope,
         prompt["k"],
         prompt["v"],
         prompt_start,
+        prompt_of,
+        slot,
         completion["k"],
         completion["v"],
-        slot,
     )
-    return out.reshape(rows, heads, head_dim)
+    return attended.reshape(rows, heads, head_dim), {"k": keys, "v": values}
 
 
 def _kernel(
-    q_ref: Any,
+    qkv_ref: Any,
+    cos_ref: Any,
+    sin_ref: Any,
     prompt_k: Any,
     prompt_v: Any,
     start_ref: Any,
+    prompt_of_ref: Any,
+    slot_ref: Any,
     own_k: Any,
     own_v: Any,
-    slot_ref: Any,
     out_ref: Any,
+    new_k: Any,
+    new_v: Any,
     *,
+    heads: int,
     shared: int,
     prompt_slots: int,
     block: int,
-    scale: float,
 ) -> None:
-    heads = jnp.arange(PADDED_HEADS) < shared
-    tile = pl.ds(0, PADDED_HEADS)
-    q = plgpu.load(q_ref.at[tile, :], mask=heads[:, None], other=0.0)
-    head_dim = q.shape[1]
+    kv = pl.program_id(1)
+    kv_heads = prompt_k.shape[1]
+    head_dim = qkv_ref.shape[-1]
+    half = head_dim // 2
+    low, high, all_ = pl.ds(0, half), pl.ds(half, half), pl.ds(0, head_dim)
+    dtype = new_k.dtype
+    slot, prompt = slot_ref[...], prompt_of_ref[...]
+    cos, sin = cos_ref[...][None, :], sin_ref[...][None, :]
     # Base 2 throughout: exp2 is the card's own instruction.
-    factor = scale * math.log2(math.e)
+    factor = head_dim**-0.5 * math.log2(math.e)
 
-    def attend(k_ref: Any, v_ref: Any, first: jax.Array, end: jax.Array, state: State) -> State:
+    def rotate(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+        rotated = first * cos - second * sin, second * cos + first * sin
+        return rotated[0].astype(dtype), rotated[1].astype(dtype)
+
+    # A rotation mixes the two halves of a head, so keys and queries are held as halves.
+    real = (jnp.arange(PADDED_HEADS) < shared)[:, None]
+    head = jnp.minimum(kv * shared + jnp.arange(PADDED_HEADS), heads - 1)[:, None]
+    column = jnp.arange(half)[None, :]
+    q_low = plgpu.load(qkv_ref.at[head, column], mask=real, other=0.0)
+    q_high = plgpu.load(qkv_ref.at[head, half + column], mask=real, other=0.0)
+    q_low, q_high = rotate(q_low, q_high)
+    key = pl.ds(heads + kv, 1)
+    k_low, k_high = rotate(qkv_ref[key, low], qkv_ref[key, high])
+    value = qkv_ref[pl.ds(heads + kv_heads + kv, 1), all_]
+    new_k[pl.ds(slot, 1), low] = k_low
+    new_k[pl.ds(slot, 1), high] = k_high
+    new_v[pl.ds(slot, 1), all_] = value
+
+    def step_over(k_ref: Any, v_ref: Any, where: tuple, first: jax.Array, end: jax.Array) -> Any:
         def step(i: jax.Array, state: State) -> State:
             out, top, total = state
             places = pl.ds(i * block, block)
-            scores = plgpu.dot(q, k_ref[places, :].T) * factor
+            scores = plgpu.dot(q_low, k_ref[*where, places, low].T)
+            scores = (scores + plgpu.dot(q_high, k_ref[*where, places, high].T)) * factor
             index = i * block + jnp.arange(block)
             seen = (index >= first) & (index < end)
             scores = jnp.where(seen[None, :], scores, -jnp.inf)
@@ -125,18 +177,20 @@ def _kernel(
             shrink = jnp.exp2(top - new_top)
             weights = jnp.exp2(scores - new_top[:, None])
             total = total * shrink + jnp.sum(weights, axis=1)
-            out = out * shrink[:, None] + plgpu.dot(weights.astype(v_ref.dtype), v_ref[places, :])
+            values = v_ref[*where, places, all_]
+            out = out * shrink[:, None] + plgpu.dot(weights.astype(dtype), values)
             return out, new_top, total
 
-        return jax.lax.fori_loop(first // block, pl.cdiv(end, block), step, state)
+        return functools.partial(jax.lax.fori_loop, first // block, pl.cdiv(end, block), step)
 
-    # A finite start: a block whose slots are all hidden must not make -inf - -inf.
-    state = (
-        jnp.zeros((PADDED_HEADS, head_dim), jnp.float32),
-        jnp.full((PADDED_HEADS,), -1e30, jnp.float32),
-        jnp.zeros((PADDED_HEADS,), jnp.float32),
-    )
-    state = attend(prompt_k, prompt_v, start_ref[...], jnp.int32(prompt_slots), state)
-    out, _, total = attend(own_k, own_v, jnp.int32(0), slot_ref[...] + 1, state)
+    # The new token first: from then on the maximum is finite, whatever a block hides.
+    f32 = jnp.float32
+    score = jnp.sum(q_low.astype(f32) * k_low.astype(f32), axis=1)
+    score += jnp.sum(q_high.astype(f32) * k_high.astype(f32), axis=1)
+    out = jnp.broadcast_to(value.astype(f32), (PADDED_HEADS, head_dim))
+    state = (out, score * factor, jnp.ones((PADDED_HEADS,), f32))
+    start = start_ref[prompt]
+    state = step_over(prompt_k, prompt_v, (prompt, kv), start, jnp.int32(prompt_slots))(state)
+    out, _, total = step_over(own_k, own_v, (), jnp.int32(0), slot)(state)
     out = (out / total[:, None]).astype(out_ref.dtype)
-    plgpu.store(out_ref.at[tile, :], out, mask=heads[:, None])
+    plgpu.store(out_ref.at[pl.ds(0, PADDED_HEADS), all_], out, mask=real)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.mesh import on_one_device
-from jaxgrpo.model.decode_attention import BLOCK, decode_attention
+from jaxgrpo.model.decode_attention import BLOCK
 from jaxgrpo.model.presets import Qwen2Config
 
 LayerCache = dict[str, jax.Array]
@@ -37,20 +37,6 @@ def write_slot(cache: LayerCache, k: jax.Array, v: jax.Array, slot: jax.Array) -
     }
 
 
-def attend_caches(
-    q: Float[Array, "B N H"],
-    prompt: LayerCache,
-    prompt_mask: Bool[Array, "P S"],
-    completion: LayerCache,
-    slot: Int[Array, ""],
-) -> Float[Array, "B N H"]:
-    """Attention of one new token per row: a kernel on one GPU, plain XLA everywhere else."""
-    if not use_kernel(q.dtype):
-        return grouped_attention(q, prompt, prompt_mask, completion, slot)
-    start = prompt_mask.shape[1] - jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
-    return decode_attention(q, prompt, start, completion, slot)
-
-
 def use_kernel(dtype: jnp.dtype) -> bool:
     """Whether `decode_attention` serves: it has no float32 form and knows one device."""
     return dtype == jnp.bfloat16 and jax.default_backend() == "gpu" and on_one_device()
@@ -61,14 +47,15 @@ def cache_slots(slots: int, dtype: jnp.dtype) -> int:
     return -(-slots // BLOCK) * BLOCK if use_kernel(dtype) else slots
 
 
-def grouped_attention(
+def plain_attention(
     q: Float[Array, "B N H"],
     prompt: LayerCache,
     prompt_mask: Bool[Array, "P S"],
     completion: LayerCache,
     slot: Int[Array, ""],
 ) -> Float[Array, "B N H"]:
-    """One query per row over its prompt's cache and its own slots up to `slot`, as one softmax."""
+    """One query per row over its prompt's cache and its own slots up to `slot`, as one softmax;
+    row p*G+g continues prompt p."""
     rows, heads, head_dim = q.shape
     prompts, kv_heads = prompt["k"].shape[:2]
     group = rows // prompts

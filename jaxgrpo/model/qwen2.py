@@ -14,7 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.mesh import batch_parts, constrain, on_one_device
-from jaxgrpo.model.kv_cache import LayerCache, attend_caches, write_slot
+from jaxgrpo.model.decode_attention import decode_attention
+from jaxgrpo.model.kv_cache import LayerCache, plain_attention, use_kernel, write_slot
 from jaxgrpo.model.lora import LoRADense, project, project_joined
 from jaxgrpo.model.packing import bins_from_rows, rows_from_bins
 from jaxgrpo.model.presets import Qwen2Config
@@ -218,13 +219,25 @@ class Block(nn.Module):
         rope: Rope,
         prompt: LayerCache,
         prompt_mask: Bool[Array, "P S"],
+        prompt_of: Int[Array, " B"] | None,
         completion: LayerCache,
         slot: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], LayerCache]:
-        """One token per row."""
-        q, k, v = self._qkv(x, rope)
-        completion = write_slot(completion, k, v, slot)
-        attended = attend_caches(q, prompt, prompt_mask, completion, slot)
+        """One token per row: a kernel on one GPU, plain XLA everywhere else."""
+        if not use_kernel(x.dtype):
+            assert prompt_of is None, "only the kernel takes rows out of their groups' order"
+            q, k, v = self._qkv(x, rope)
+            completion = write_slot(completion, k, v, slot)
+            attended = plain_attention(q, prompt, prompt_mask, completion, slot)
+        else:
+            qkv = self._project_joined(self.input_layernorm(x), "q_proj", "k_proj", "v_proj")
+            heads = qkv.reshape(len(x), -1, self.config.head_dim)
+            start = prompt_mask.shape[1] - jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+            if prompt_of is None:
+                prompt_of = jnp.arange(len(x)) // (len(x) // len(start))
+            attended, completion = decode_attention(
+                heads, rope, prompt, start, prompt_of, completion, slot
+            )
         return constrain(self._finish(x, attended), "act_batch", "act_embed"), completion
 
 
