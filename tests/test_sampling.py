@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from jaxgrpo.rollout.block_statistics import block_statistics, block_sums, kernel_statistics
 from jaxgrpo.rollout.sampling import (
-    block_sums,
     draws_needed,
     inverse_cdf,
     keep,
@@ -138,3 +138,12 @@ def test_a_row_does_not_depend_on_how_many_there_are():
     few, _ = _draws(logits, 8, temperature=1.0)
     many, _ = _draws(logits, 32, temperature=1.0)
     np.testing.assert_array_equal(few, np.asarray(many)[:8])
+
+
+@pytest.mark.parametrize("blocks", [5, 32, 33])
+def test_the_kernel_of_block_statistics_computes_what_two_passes_do(blocks):
+    logits = RNG.normal(size=(3, 128 * blocks)).astype(np.float32) * 8
+    logits[1, :256] = -np.inf
+    got = kernel_statistics(jnp.asarray(logits), 0.7, interpret=True)
+    want = block_statistics(jnp.asarray(logits), 0.7)
+    chex.assert_trees_all_close(got, want, rtol=2e-6, atol=1e-6)

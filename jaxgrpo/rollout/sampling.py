@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCK = 128
-"""Vocabulary entries per block of the two-level search; it divides Qwen2.5's vocabularies."""
-
+from jaxgrpo.rollout.block_statistics import BLOCK, block_statistics, block_sums
 
 CANDIDATES = 4
 """Draws of a round of `draw_nucleus`: at top_p 0.95 one row in 160,000 needs a second round."""
@@ -58,11 +56,9 @@ def sample(
         more: round (1, 2, ...) -> as many again, for the rare row that top-p needs them for.
         temperature: 0 takes the likeliest token, and its log-prob at temperature 1.
     """
-    scores = logits.astype(jnp.float32)
-    if temperature > 0:
-        scores = scores / temperature
-    top = jnp.max(scores, axis=-1)
-    sums = block_sums(scores, top)
+    logits = logits.astype(jnp.float32)
+    scores = logits / temperature if temperature > 0 else logits
+    top, sums = block_statistics(logits, temperature if temperature > 0 else 1.0)
     norm = top + jnp.log(jnp.sum(sums, axis=-1))
     if temperature == 0:
         tokens = jnp.argmax(scores, axis=-1)
@@ -140,17 +136,6 @@ def keep(
         threshold = jnp.max(scores, axis=-1, keepdims=True) + jnp.log(min_p)
         scores = jnp.where(scores < threshold, -jnp.inf, scores)
     return scores
-
-
-def block_sums(scores: Float[Array, "B V"], top: Float[Array, " B"]) -> Float[Array, "B n"]:
-    """exp(scores - top) summed over blocks of the vocabulary: the one pass that both the log-prob
-    and the draw need."""
-    rows, vocab = scores.shape
-    weights = jnp.exp(scores - top[:, None])
-    weights = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK)))
-    sums = jnp.sum(weights.reshape(rows, -1, BLOCK), axis=-1)
-    # Or XLA makes their total by a second pass over the vocabulary.
-    return jax.lax.optimization_barrier(sums)
 
 
 def inverse_cdf(
