@@ -105,13 +105,23 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def gpu_options() -> dict[str, bool] | None:
+def gpu_options() -> dict[str, bool | str] | None:
     """Compiler options that the programs want on GPU; they go with each program, so that nothing
     depends on the user's XLA_FLAGS."""
     if jax.default_backend() != "gpu":
         return None
     # cuBLAS beats Triton's matrix products in decoding, by a quarter of the whole loop.
     return {"xla_gpu_enable_triton_gemm": False}
+
+
+def decode_options() -> dict[str, bool | str] | None:
+    """`gpu_options` for the decode loop: the whole loop as one CUDA graph, so that its many short
+    kernels follow each other without the host."""
+    options = gpu_options()
+    if options is None or jax.device_count() > 1:
+        return options
+    recorded = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    return options | {"xla_gpu_enable_command_buffer": recorded}
 
 
 def on_one_device() -> bool:

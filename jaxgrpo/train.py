@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from jaxgrpo import __version__
 from jaxgrpo.artifacts import RunDirectory, atomic_write_json, atomic_write_text
 from jaxgrpo.checkpoint import Checkpoints, check_same_policy, numbered, read_adapter
 from jaxgrpo.config import Config
@@ -283,8 +284,9 @@ def summary(session: Session, result: TrainResult) -> dict:
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": {
             name: version(name)
-            for name in ("jaxgrpo", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+            for name in ("jax", "flax", "optax", "orbax-checkpoint", "transformers")
         }
+        | {"jaxgrpo": __version__}
         | {"device": jax.devices()[0].device_kind},
     }
 

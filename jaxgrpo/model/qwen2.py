@@ -27,9 +27,9 @@ Rope = tuple[jax.Array, jax.Array]
 JOINED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 """Projections of one input, and the name of their common matrix in the sampler's weights."""
 
-PRODUCTS = ("q", "k", "v", "attended", "residual", "gate_up", "down")
-"""What a backward pass needs that only a matrix product or attention could make again; `down` is
-an adapter's inner value."""
+PRODUCTS = ("normed", "q", "k", "v", "attended", "residual", "gate_up", "gated", "down")
+"""What goes into matrix products and comes out of them, by the names given below; `down` is an
+adapter's inner value. Inputs are kept too: they exist in memory for the product anyway."""
 
 
 def rotary_tables(config: Qwen2Config, positions: Int[Array, "..."]) -> Rope:
@@ -164,7 +164,7 @@ class Block(nn.Module):
         return project_joined(x, [getattr(self, module).weights() for module in modules])
 
     def _qkv(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
-        h = self.input_layernorm(x)
+        h = checkpoint_name(self.input_layernorm(x), "normed")
         heads = (*x.shape[:-1], -1, self.config.head_dim)
         q, k, v = (y.reshape(heads) for y in self._project(h, "q_proj", "k_proj", "v_proj"))
         q, k = apply_rotary(q, rope), apply_rotary(k, rope)
@@ -173,8 +173,8 @@ class Block(nn.Module):
     def _finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         (update,) = self._project(attended.reshape(*x.shape[:-1], -1), "o_proj")
         x = checkpoint_name(x + update, "residual")
-        h = self.post_attention_layernorm(x)
-        (update,) = self._project(self._gated(h), "down_proj")
+        h = checkpoint_name(self.post_attention_layernorm(x), "normed")
+        (update,) = self._project(checkpoint_name(self._gated(h), "gated"), "down_proj")
         return x + update
 
     def _gated(self, h: jax.Array) -> jax.Array:
@@ -293,7 +293,7 @@ class Qwen2(nn.Module):
 
 
 def rematerialised(block: type[Block], remat: str) -> type[Block]:
-    """`block` under the named policy: keep everything, what products made, or nothing."""
+    """`block` under the named policy: keep everything, what PRODUCTS names, or nothing."""
     if remat == "none":
         return block
     names = jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
@@ -315,7 +315,7 @@ def kept_bytes_per_token(config: Qwen2Config) -> int:
     """What `products` keeps of one token, all layers together (adapters' inner values aside)."""
     shapes = config.module_shapes
     features = sum(shapes[m][1] for m in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
-    features += shapes["o_proj"][0] + 2 * config.hidden_size
+    features += shapes["o_proj"][0] + shapes["down_proj"][0] + 3 * config.hidden_size
     return config.num_layers * features * config.compute_dtype.itemsize
 
 

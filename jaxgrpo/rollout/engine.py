@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import RolloutConfig
-from jaxgrpo.mesh import constrain, gpu_options
+from jaxgrpo.mesh import constrain, decode_options
 from jaxgrpo.model.api import (
     Qwen2Config,
     cache_slots,
@@ -95,7 +95,7 @@ def make_generate(
             stop_state=stop_state,
         )
 
-    @functools.partial(jax.jit, compiler_options=gpu_options())
+    @functools.partial(jax.jit, compiler_options=decode_options())
     def generate(
         weights: Tree,
         prompt_tokens: Int[Array, "P S"],
