@@ -22,7 +22,7 @@ from jaxgrpo.artifacts import atomic_write_json
 from jaxgrpo.bench.floor import DEVICES, decode_seconds, train_flops
 from jaxgrpo.bench.kernels import profile_kernels
 from jaxgrpo.bench.settings import SIGMA, BenchConfig
-from jaxgrpo.config import check_choice
+from jaxgrpo.config import EMBEDDED, check_choice
 from jaxgrpo.data import train_rows
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import (
@@ -42,6 +42,7 @@ from jaxgrpo.model.api import (
     make_decode_weights,
     prefill,
 )
+from jaxgrpo.model.weights import EMBEDDED_DIR, read_qwen2_config
 from jaxgrpo.packing import pack_rows
 from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.rollout.engine import make_generate
@@ -82,8 +83,12 @@ class Bench:
 
     def __init__(self, config: BenchConfig) -> None:
         bench = config.bench
-        check_choice(bench.preset, list(PRESETS), "bench.preset")
-        model = replace(PRESETS[bench.preset], dtype=resolve_dtype(config.model.dtype))
+        dtype = resolve_dtype(config.model.dtype)
+        if bench.preset == EMBEDDED:
+            model = read_qwen2_config(EMBEDDED_DIR, dtype)
+        else:
+            check_choice(bench.preset, [EMBEDDED, *PRESETS], "bench.preset")
+            model = replace(PRESETS[bench.preset], dtype=dtype)
         if bench.num_layers is not None:
             model = replace(model, num_layers=bench.num_layers)
         self.config, self.model = config, model

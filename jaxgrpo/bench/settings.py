@@ -19,7 +19,7 @@ class BenchSettings:
     """Shapes and repeats."""
 
     preset: str = "qwen2.5-1.5b"
-    """Shapes of the model; its weights are random."""
+    """Shapes of the model, or `embedded`; its weights are random."""
     num_layers: int | None = None
     """Default: the preset's."""
     prompt_tokens: int = 128

@@ -53,16 +53,16 @@ def take_phase(words: list[str]) -> tuple[list[str], dict[str, Any]]:
 BENCH = Command(
     run,
     "measure the sampler, the train step or both on random weights",
-    "  bench rollout    prefill and decoding: tokens/s, share of the floor\n"
-    "  bench train      forward, backward, update: tokens/s, model TFLOP/s\n"
-    "  bench step       the whole step, and what each phase of it takes\n\n"
+    "One word says what: rollout (prefill and decoding), train (forward, backward,\n"
+    "update) or step (both, and the host's part; the default).\n\n"
     "  bench.preset=qwen2.5-7b bench.num_layers=8 bench.prompt_tokens=128\n"
     "  bench.lengths=lognormal bench.mean_tokens=200 rollout.max_completion_tokens=512\n"
-    "  bench.breakdown=true bench.profile=DIR bench.out=figures.json\n\n"
+    "  bench.breakdown=true    also the parts of a step, each by itself\n"
+    "  bench.profile=DIR       also what each kernel took (GPU)\n"
+    "  bench.out=figures.json\n\n"
     "Without a CONFIG: 1.5B shapes, 32 prompts of 128 tokens x 8 completions of 256.\n"
     "The floor is bytes over bandwidth or operations over rate, the larger, by layer.",
-    "bench rollout bench.num_layers=1 bench.repeats=1 grpo.prompts_per_step=1 "
-    "rollout.max_completion_tokens=4",
+    "bench step bench.preset=embedded bench.repeats=2",
     BenchConfig,
     default=EMBEDDED_CONFIG.with_name("bench.yaml"),
     collects=take_phase,
