@@ -265,6 +265,9 @@ class OptimConfig:
 class EvalConfig:
     """Held-out accuracy."""
 
+    reward: str = "gsm8k_answer"
+    """The reward, by name or as `module:function`, that says which completions are right: those
+    that it gives 1 or more."""
     every_steps: int = 0
     """Also evaluate every so many steps; 0: before the first and after the last step only."""
     problems: int | None = None
@@ -280,6 +283,7 @@ class EvalConfig:
     after_training: bool = True
 
     def __post_init__(self) -> None:
+        _require(bool(self.reward), "eval.reward is empty; name a reward, e.g. gsm8k_answer")
         _require(self.every_steps >= 0, "eval.every_steps must be >= 0")
         _require(self.problems is None or self.problems >= 1, "eval.problems must be at least 1")
         _require(self.batch_prompts >= 1, "eval.batch_prompts must be at least 1")

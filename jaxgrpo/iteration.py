@@ -12,15 +12,14 @@ import jax
 import numpy as np
 import optax
 
-from jaxgrpo.config import ConfigError
 from jaxgrpo.data import decode_completions, gold_completions, train_rows
+from jaxgrpo.evaluate import score_completions
 from jaxgrpo.grpo.advantages import compute_advantages, reward_metrics
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import make_logprobs, make_train_step
 from jaxgrpo.mesh import Purpose, batch_shards, fold_key, shard_rows, to_host
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.packing import pack_rows
-from jaxgrpo.rewards import combine_rewards
 from jaxgrpo.session import Session
 from jaxgrpo.types import (
     FINISH_LENGTH,
@@ -210,21 +209,15 @@ def score(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The weighted reward of every row, and each function's own."""
     config = session.config
-    group = config.grpo.group_size
-    try:
-        total, by_function = combine_rewards(
-            session.rewards,
-            list(config.rewards.values()),
-            texts,
-            [answer for answer in prompts.answers for _ in range(group)],
-            timeout_s=config.reward_timeout_s,
-            prompts=[text for text in prompts.texts for _ in range(group)],
-            completion_lengths=rollout.lengths.tolist(),
-            max_completion_tokens=config.rollout.max_completion_tokens,
-            finish_reasons=[FINISH_REASONS[i] for i in rollout.finish_reasons],
-        )
-    except ValueError as error:
-        raise ConfigError(f"rewards: {error}") from None
+    total, by_function = score_completions(
+        session.rewards,
+        list(config.rewards.values()),
+        prompts,
+        texts,
+        rollout,
+        config.rollout.max_completion_tokens,
+        config.reward_timeout_s,
+    )
     as_array = {
         name: np.array([np.nan if v is None else v for v in values])
         for name, values in by_function.items()

@@ -42,6 +42,7 @@ class Session:
         adapter: what training starts from, if not from fresh adapters.
         train_prompts, eval_prompts: where prompts come from.
         rewards: name -> function, in the configuration's order.
+        eval_reward: what says which completions are right.
         stop: what ends a completion.
     """
 
@@ -56,13 +57,14 @@ class Session:
     train_prompts: PromptSource
     eval_prompts: PromptSource
     rewards: dict[str, Callable]
+    eval_reward: Callable
     stop: StopRules
     adapter: StackedAdapter | None = None
 
     def with_config(self, config: Config) -> Session:
         """The same model, data and mesh under another configuration: seed, plan, scale rule, steps.
 
-        The sections model, data, rollout, rewards and mesh must be the same.
+        The sections model, data, rollout, rewards and mesh, and eval.reward, must be the same.
         """
         plan, adapter = resolve_plan(config.lora, self.model_config)
         return dataclasses.replace(self, config=config, adapter=adapter).with_plan(plan)
@@ -153,15 +155,17 @@ def open_session(config: Config) -> Session:
         ConfigError: anything the user has to mend. Cheap checks come before slow ones, and nothing
             has been written when one fails.
     """
-    rewards = {name: _reward(name) for name in config.rewards}
+    rewards = {name: _reward("rewards", name) for name in config.rewards}
+    eval_reward = _reward("eval.reward", config.eval.reward)
     model = open_model(config)
     train_problems, eval_problems = (
         load_problems(config.data, split)
         for split in (config.data.train_split, config.data.eval_split)
     )
-    if "gsm8k_answer" in rewards:
-        check_gold_answers(train_problems, config.data.train_split)
-    check_gold_answers(eval_problems, config.data.eval_split)
+    if config.objective == "grpo":
+        for name in rewards:
+            check_gold_answers(train_problems, config.data.train_split, name)
+    check_gold_answers(eval_problems, config.data.eval_split, config.eval.reward)
     train_prompts, eval_prompts = (
         PromptSource(problems, model.tokenizer, config.data)
         for problems in (train_problems, eval_problems)
@@ -179,6 +183,7 @@ def open_session(config: Config) -> Session:
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         rewards=rewards,
+        eval_reward=eval_reward,
         stop=model.stop,
         adapter=model.adapter,
     )
@@ -253,11 +258,11 @@ def check_vocabulary(tokenizer: Any, model: Qwen2Config) -> None:
         )
 
 
-def _reward(name: str) -> Callable:
+def _reward(setting: str, name: str) -> Callable:
     try:
         return load_reward(name)
     except ValueError as error:
-        raise ConfigError(f"rewards: {error}") from None
+        raise ConfigError(f"{setting}: {error}") from None
 
 
 def _generation_config(directory: Path) -> dict | None:

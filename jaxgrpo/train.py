@@ -17,7 +17,7 @@ from rich.console import Console
 from jaxgrpo import __version__
 from jaxgrpo.artifacts import RunDirectory, atomic_write_json, atomic_write_text
 from jaxgrpo.checkpoint import Checkpoints, check_same_policy, numbered, read_adapter
-from jaxgrpo.config import Config
+from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import dump_config, encode_config
 from jaxgrpo.divergence import DivergenceGuard
 from jaxgrpo.evaluate import EvalResult, StoppedError, evaluate, read_eval
@@ -134,6 +134,11 @@ class Loop:
             if done > start:
                 self.checkpoints.save(done, state, config, self.session.plan)
             return TrainResult(before or None, None, self.run, metrics, interrupted=True)
+        except ConfigError:
+            # A reward that failed in an evaluation must not cost the steps before it.
+            if done > start:
+                self.checkpoints.save(done, state, config, self.session.plan)
+            raise
         result = TrainResult(before, after, self.run, metrics, interrupted=False)
         self.write_card(result)
         atomic_write_json(self.run.summary, summary(self.session, result))
@@ -232,6 +237,7 @@ def run_eval(
         ),
         session.eval_prompts,
         session.tokenizer,
+        session.eval_reward,
         config,
         mesh=session.mesh,
         step=step,

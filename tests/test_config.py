@@ -37,7 +37,7 @@ grpo.clip_eps_high grpo.delta grpo.kl_coef grpo.num_iterations grpo.mask_truncat
 grpo.importance_correction grpo.importance_cap grpo.micro_batches grpo.logprob_chunk_tokens
 optim.learning_rate optim.schedule optim.warmup_steps optim.b1 optim.b2 optim.eps
 optim.weight_decay optim.max_grad_norm
-eval.every_steps eval.problems eval.batch_prompts eval.samples eval.temperature
+eval.reward eval.every_steps eval.problems eval.batch_prompts eval.samples eval.temperature
 eval.max_completion_tokens eval.before_training eval.after_training
 mesh.data mesh.fsdp mesh.model
 """,
