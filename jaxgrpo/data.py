@@ -277,7 +277,10 @@ def render_prompt(question: str, tokenizer: Any, config: DataConfig) -> str:
     messages = [{"role": "user", "content": question + config.prompt_suffix}]
     if config.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": config.system_prompt})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise ConfigError(f"the chat template does not render: {error!r}") from None
 
 
 def decode_completions(tokenizer: Any, tokens: Any, lengths: Any) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from jaxgrpo.mesh import Purpose, batch_shards, fold_key, make_mesh, replicate, 
 from jaxgrpo.model.adapters import StackedAdapter, stack_adapter
 from jaxgrpo.model.api import Qwen2Config, device_plan, init_lora, lora_logical_axes
 from jaxgrpo.model.peft_files import read_peft
+from jaxgrpo.model.safe_files import contained, read_json_object
 from jaxgrpo.model.weights import (
     check_tensor_names,
     load_model,
@@ -266,8 +266,5 @@ def _reward(setting: str, name: str) -> Callable:
 
 
 def _generation_config(directory: Path) -> dict | None:
-    path = directory / "generation_config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from None
+    path = contained(directory, "generation_config.json")
+    return read_json_object(path) if path.is_file() else None
