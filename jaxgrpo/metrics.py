@@ -96,14 +96,16 @@ class MetricWriter:
         record = {"step": step, "time": time.time(), **metrics}
         append_jsonl(self._run.metrics, record | ({"nonfinite": bad} if bad else {}))
         for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):  # the board would log a warning for each of the others
+                self._board.add_scalar(name, value, step)
         if layer_grad_norms is not None:
             append_jsonl(self._run.layer_grad_norms, {"step": step, **layer_grad_norms})
             for module, matrices in layer_grad_norms["l2"].items():
                 for matrix, norms in matrices.items():
                     for layer, norm in enumerate(np.asarray(norms)):
                         name = f"grad_norm/{module}/{matrix}/layer_{layer:02d}"
-                        self._board.add_scalar(name, float(norm), step)
+                        if math.isfinite(norm):
+                            self._board.add_scalar(name, float(norm), step)
 
     def write_completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Every completion of a step, one JSON object a line."""
