@@ -7,6 +7,7 @@ Metric names are TRL's, so that dashboards carry over; per-layer norms are
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,9 @@ from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from jaxgrpo.artifacts import RunDirectory, append_jsonl, atomic_write_text, read_jsonl
+
+# It would say a line for every number that is none, hundreds a step; the guard says one.
+logging.getLogger("tensorboardX").setLevel(logging.ERROR)
 
 
 class MetricWriter:
@@ -96,16 +100,14 @@ class MetricWriter:
         record = {"step": step, "time": time.time(), **metrics}
         append_jsonl(self._run.metrics, record | ({"nonfinite": bad} if bad else {}))
         for name, value in metrics.items():
-            if math.isfinite(value):  # the board would log a warning for each of the others
-                self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name, value, step)
         if layer_grad_norms is not None:
             append_jsonl(self._run.layer_grad_norms, {"step": step, **layer_grad_norms})
             for module, matrices in layer_grad_norms["l2"].items():
                 for matrix, norms in matrices.items():
                     for layer, norm in enumerate(np.asarray(norms)):
                         name = f"grad_norm/{module}/{matrix}/layer_{layer:02d}"
-                        if math.isfinite(norm):
-                            self._board.add_scalar(name, float(norm), step)
+                        self._board.add_scalar(name, float(norm), step)
 
     def write_completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Every completion of a step, one JSON object a line."""
