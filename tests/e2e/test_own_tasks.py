@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from jaxgrpo.artifacts import read_jsonl
 from jaxgrpo.commands.command import PROGRAM
 from jaxgrpo.problems import make_problems
 from jaxgrpo.run import main
@@ -93,11 +94,12 @@ def test_boxed_answers_are_learnt(tmp_path):
     """The embedded model never boxes anything; a few supervised steps show it how, GRPO goes on."""
     pytest.importorskip("math_verify")
     write_math(tmp_path)
-    where = [f"data.path={tmp_path}", "optim.learning_rate=1e-2"]
+    where = [f"data.path={tmp_path}", "optim.learning_rate=1e-2", "grpo.prompts_per_step=8"]
     first, then = (f"run_dir={tmp_path}/{name}" for name in ("sft", "grpo"))
-    assert main(["train", *MATH, *where, first, "objective=sft", "steps=60"]) == 0
+    assert main(["train", *MATH, *where, first, "objective=sft", "steps=40"]) == 0
     assert accuracy(tmp_path / "sft", 0) == 0
-    assert accuracy(tmp_path / "sft", 60) > 0.3
+    assert accuracy(tmp_path / "sft", 40) > 0.5
     start = [f"lora.adapter={tmp_path}/sft/adapter", "optim.learning_rate=1e-3", "steps=15"]
     assert main(["train", *MATH, *where, *start, then]) == 0
-    assert accuracy(tmp_path / "grpo", 15) >= accuracy(tmp_path / "sft", 60)
+    assert accuracy(tmp_path / "grpo", 15) > 0.5
+    assert read_jsonl(tmp_path / "grpo" / "metrics.jsonl")[1]["rewards/math_boxed/mean"] > 0.4
