@@ -242,8 +242,7 @@ def decode_step(
     """Feeds the completion token with index `t` of every row.
 
     Args:
-        prompt_of: which prompt a row continues; None: row p*G+g continues prompt p. Taken only
-            where `kv_cache.use_kernel` says so.
+        prompt_of: which prompt a row continues; None: row p*G+g continues prompt p.
     """
     lengths = jnp.sum(prompt_mask, axis=1)
     if prompt_of is None:

@@ -225,7 +225,9 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B D"], LayerCache]:
         """One token per row: a kernel on one GPU, plain XLA everywhere else."""
         if not use_kernel(x.dtype):
-            assert prompt_of is None, "only the kernel takes rows out of their groups' order"
+            if prompt_of is not None:
+                prompt = jax.tree.map(lambda cache: cache[prompt_of], prompt)
+                prompt_mask = prompt_mask[prompt_of]
             q, k, v = self._qkv(x, rope)
             completion = write_slot(completion, k, v, slot)
             attended = plain_attention(q, prompt, prompt_mask, completion, slot)
