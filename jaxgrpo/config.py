@@ -329,7 +329,11 @@ class Config:
     checkpoint_every_steps: int = 20
     keep_checkpoints: int = 2
     log_completions_every_steps: int = 10
-    """How often the completions table is printed; every completion is always on disk."""
+    """How often the completions table is printed, and TensorBoard gets heat maps of the norms and
+    some completions; every completion and every norm is always on disk."""
+    wandb_project: str | None = None
+    """Also log to this project of Weights & Biases: needs the extra `wandb`, and a key unless
+    WANDB_MODE=offline."""
     objective: Objective = "grpo"
     """sft: supervised steps on the gold answers, grpo.rows_per_step of them a step."""
     weight_grad_norms: bool = False

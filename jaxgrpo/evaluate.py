@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import track
 
 from jaxgrpo.answers import (
     extract_answer,
@@ -30,6 +29,7 @@ from jaxgrpo.artifacts import atomic_write_json, atomic_write_text, read_jsonl
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.data import PromptSource, decode_completions
 from jaxgrpo.mesh import Purpose, fold_key, shard_rows, to_host
+from jaxgrpo.progress import Stage
 from jaxgrpo.rewards import RewardFunction, combine_rewards, gsm8k_answer_reward
 from jaxgrpo.rollout.stop import cut_at_stop
 from jaxgrpo.stats import wilson_interval
@@ -92,21 +92,24 @@ def evaluate(
     count = config.eval.batch_prompts
     records: list[dict] = []
     starts = range(0, total, count)
-    for start in track(
-        starts, "evaluating", console=console, transient=True, disable=not console.is_terminal
-    ):
-        if stopping():
-            raise StoppedError
-        batch, real = prompts.sequential(start, count, total)
-        tokens, mask = shard_rows(mesh, (batch.tokens, batch.mask))
-        key = fold_key(config.seed, start, Purpose.EVAL)
-        rollout = to_host(generate(weights, tokens, mask, key))
-        texts = decode_completions(tokenizer, rollout.tokens, rollout.lengths)
-        texts = [cut_at_stop(text, config.rollout.stop_strings) for text in texts]
-        if reward is gsm8k_answer_reward:
-            records += judge_gsm8k(batch, real, texts, rollout, config.eval.samples)
-        else:
-            records += judge(batch, real, texts, rollout, reward, config)
+    tokens_done = 0
+    with Stage("evaluating", total, console) as stage:
+        for start in starts:
+            if stopping():
+                raise StoppedError
+            batch, real = prompts.sequential(start, count, total)
+            tokens, mask = shard_rows(mesh, (batch.tokens, batch.mask))
+            key = fold_key(config.seed, start, Purpose.EVAL)
+            rollout = to_host(generate(weights, tokens, mask, key))
+            texts = decode_completions(tokenizer, rollout.tokens, rollout.lengths)
+            texts = [cut_at_stop(text, config.rollout.stop_strings) for text in texts]
+            if reward is gsm8k_answer_reward:
+                records += judge_gsm8k(batch, real, texts, rollout, config.eval.samples)
+            else:
+                records += judge(batch, real, texts, rollout, reward, config)
+            tokens_done += int(rollout.lengths[: real * config.eval.samples].sum())
+            speed = tokens_done / max(stage.elapsed_s, 1e-9)
+            stage.update(min(start + count, total), f"{speed:,.0f} tok/s")
     result = EvalResult(metrics=eval_metrics(records, config.eval.samples), records=records)
     if jax.process_index() == 0:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

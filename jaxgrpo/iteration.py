@@ -82,26 +82,37 @@ def make_programs(session: Session) -> Programs:
     )
 
 
+Watch = Callable[[str], None]
+"""Called with the name of a phase of a step, `rollout`, `reward` or `train`, when it begins."""
+
+
 def run_step(
-    session: Session, programs: Programs, state: TrainState, step: int
+    session: Session,
+    programs: Programs,
+    state: TrainState,
+    step: int,
+    watch: Watch = lambda phase: None,
 ) -> tuple[TrainState, StepResult]:
     """One batch and its optimizer updates."""
     run = grpo_step if session.config.objective == "grpo" else sft_step
-    return run(session, programs, state, step)
+    return run(session, programs, state, step, watch)
 
 
 def grpo_step(
-    session: Session, programs: Programs, state: TrainState, step: int
+    session: Session, programs: Programs, state: TrainState, step: int, watch: Watch
 ) -> tuple[TrainState, StepResult]:
     """One rollout and its optimizer updates."""
     config = session.config
     clock = Clock()
+    watch("rollout")
     prompts, host = sample_rollout(session, programs, state.lora, step)
     clock.lap("rollout")
+    watch("reward")
     texts = decode_completions(session.tokenizer, host.tokens, host.lengths)
     rewards, by_function = score(session, prompts, texts, host)
     advantages = compute_advantages(rewards, config.grpo.group_size, config.grpo.scale_rewards)
     clock.lap("reward")
+    watch("train")
     batch = make_train_batch(session, programs, state.lora, prompts, host, advantages)
     reports = []
     for _ in range(config.grpo.num_iterations):
@@ -122,12 +133,13 @@ def grpo_step(
 
 
 def sft_step(
-    session: Session, programs: Programs, state: TrainState, step: int
+    session: Session, programs: Programs, state: TrainState, step: int, watch: Watch
 ) -> tuple[TrainState, StepResult]:
     """One supervised update on gold answers: as many rows as a GRPO step has."""
     clock = Clock()
     prompts, gold = gold_rollout(session, step)
     clock.lap("rollout")
+    watch("train")
     ones = np.ones(len(gold.lengths), np.float32)
     batch = make_train_batch(session, programs, state.lora, prompts, gold, ones)
     state, report = programs.train_step(state, session.base, session.device_plan, batch)

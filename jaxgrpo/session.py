@@ -37,6 +37,7 @@ from jaxgrpo.rank_plan import RankPlan, make_rank_plan
 from jaxgrpo.rewards import load_reward
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules, end_token_ids, make_stop_rules
+from jaxgrpo.tracking import check_wandb
 from jaxgrpo.types import LoraPlan, Tree
 
 
@@ -128,9 +129,9 @@ class OpenModel:
     tokenizer: Any
     stop: StopRules
 
-    def load(self) -> tuple[Qwen2Config, Tree]:
-        """Shapes and weights, sharded."""
-        return load_model(self.model_dir, self.model_config.dtype, self.mesh)
+    def load(self, console: Console | None = None) -> tuple[Qwen2Config, Tree]:
+        """Shapes and weights, sharded; the console shows the progress."""
+        return load_model(self.model_dir, self.model_config.dtype, self.mesh, console)
 
 
 def open_model(config: Config) -> OpenModel:
@@ -157,8 +158,8 @@ def open_model(config: Config) -> OpenModel:
     return OpenModel(mesh, model_dir, model_config, plan, adapter, tokenizer, stop)
 
 
-def open_session(config: Config) -> Session:
-    """Resolves paths, checks every cross-field rule, then loads.
+def open_session(config: Config, console: Console | None = None) -> Session:
+    """Resolves paths, checks every cross-field rule, then loads; the console shows the progress.
 
     Raises:
         ConfigError: anything the user has to mend. Cheap checks come before slow ones, and nothing
@@ -166,6 +167,7 @@ def open_session(config: Config) -> Session:
     """
     rewards = {name: _reward("rewards", name) for name in config.rewards}
     eval_reward = _reward("eval.reward", config.eval.reward)
+    check_wandb(config.wandb_project)
     model = open_model(config)
     train_problems, eval_problems = (
         load_problems(config.data, split)
@@ -179,7 +181,7 @@ def open_session(config: Config) -> Session:
         PromptSource(problems, model.tokenizer, config.data)
         for problems in (train_problems, eval_problems)
     )
-    model_config, base = model.load()
+    model_config, base = model.load(console)
     return Session(
         config=config,
         mesh=model.mesh,

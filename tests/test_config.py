@@ -23,7 +23,7 @@ KEYS = re.findall(
     r"\S+",
     """
 run_dir seed steps checkpoint_every_steps keep_checkpoints log_completions_every_steps rewards
-reward_timeout_s objective weight_grad_norms
+reward_timeout_s objective weight_grad_norms wandb_project
 model.path model.revision model.dtype model.remat
 lora.rank lora.plan lora.adapter lora.max_rank lora.rank_budget lora.alpha lora.scale_rule
 lora.target_modules
