@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxgrpo.config import MODULES
+
+_ORDER = {module: place for place, module in enumerate(MODULES)}
 MAX_DECADES = 4
 """What lies further below the largest is shown as the least: a zero would take the whole scale."""
 
@@ -20,12 +23,13 @@ def heat_map(norms: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> 
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    rows = [(module, matrix) for module, sides in norms.items() for matrix in sides]
+    modules = sorted(norms, key=lambda module: _ORDER.get(module, len(_ORDER)))
+    rows = [(module, matrix) for module in modules for matrix in norms[module]]
     values = np.array([np.asarray(norms[module][side], float) for module, side in rows])
     values[~(np.isfinite(values) & (values > 0))] = np.nan
     layers = values.shape[1]
     figure = Figure(
-        figsize=(2.6 + max(0.22 * layers, 3.0), 1.3 + 0.24 * len(rows)), layout="constrained"
+        figsize=(1.8 + max(0.2 * layers, 2.4), 1.2 + 0.2 * len(rows)), layout="constrained"
     )
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -142,6 +142,7 @@ class MetricWriter:
         plain = {
             name: value if isinstance(value, str | bool | int | float) else str(value)
             for name, value in self._settings.items()
+            if not name.startswith(_NOT_COMPARED)
         }
         # Beside the other events: a folder of its own would be a second run.
         self._board.add_hparams(plain, dict(metrics), name=".", global_step=step)
@@ -165,6 +166,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# TensorBoard's table has room for what is varied; everything is in config.yaml.
+_NOT_COMPARED = ("run_dir", "data.", "eval.", "mesh.", "checkpoint_", "keep_", "log_", "wandb_")
 _VIEWS = {
     "l2": "gradient norm (L2)",
     "rank_free": "gradient norm / (scale x sqrt rank)",

@@ -46,7 +46,7 @@ class Stage:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(compact=True),
@@ -110,13 +110,14 @@ class ProgressBar(Stage):
     def after(self, done: int, metrics: Mapping[str, float]) -> None:
         """Shows the state after step `done`."""
         name = "reward" if "reward" in metrics else "loss"
-        numbers = (
-            f"{name} {metrics[name]:.3f}  {metrics['throughput/tokens_per_s']:,.0f} tok/s  "
-            f"{metrics['completions/mean_length']:.0f} tok/completion"
-        )
+        numbers = f"{name} {metrics[name]:.3f}  {metrics['throughput/tokens_per_s']:,.0f} tok/s"
+        if not self._live:  # a terminal may have no more than 80 columns
+            numbers += f"  {metrics['completions/mean_length']:.0f} tok/completion"
         self.update(done, numbers, line_due=done in (self._start + 1, self._steps))
         if done == self._start + 1:
             self.restart_clock()
+        if done == self._steps:
+            self.say("training")
 
     def print(self, renderable: Any) -> None:
         """Prints above the bar."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -262,7 +264,7 @@ def board_events(run):
 
 
 def test_a_person_sees_heat_maps_texts_and_settings(run):
-    settings = {"seed": 3, "rewards": {"gsm8k_answer": 1.0}, "lora.plan": None}
+    settings = {"seed": 3, "rewards": {"gsm8k_answer": 1.0}, "lora.plan": None, "run_dir": "x"}
     with MetricWriter(run, settings) as writer:
         records = [completion(f"<b>{i}</b> # x", float(i)) for i in range(9)]
         writer.write_samples(20, norms() | {"weight": {}}, records)
@@ -279,6 +281,7 @@ def test_a_person_sees_heat_maps_texts_and_settings(run):
     assert "\n    <b>8</b> # x" in text.decode()
     start = found["_hparams_/session_start_info", 0].metadata.plugin_data.content
     assert b"seed" in start and b"gsm8k_answer" in start and b"lora.plan" in start
+    assert b"run_dir" not in start
     assert found["eval/accuracy", 40].simple_value == 0.5
 
 
@@ -324,6 +327,18 @@ def test_the_bar_says_what_a_step_does_and_what_is_compiled():
     assert "training: rollout" in file.getvalue()
 
 
+def test_the_bar_fits_eighty_columns():
+    for phase, done in (("rollout", 0), ("train", 1)):
+        file = io.StringIO()
+        with ProgressBar(1000, 0, Console(file=file, width=80, force_terminal=True)) as bar:
+            bar.at(phase, done)
+            if done:
+                bar.after(999, STEP | {"throughput/tokens_per_s": 54321.0})
+        last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()).strip().splitlines()[-1]
+        assert len(last.strip()) <= 80 and "…" not in last, last
+        assert ("reward 0.500  54,321 tok/s" if done else "compiling the rollout") in last
+
+
 def test_wandb_gets_what_tensorboard_gets(run, monkeypatch):
     """Offline: what it would send lies in run_dir/wandb; a resumed run is the same one."""
     pytest.importorskip("wandb")
@@ -335,7 +350,10 @@ def test_wandb_gets_what_tensorboard_gets(run, monkeypatch):
         writer.write_samples(1, norms(), [completion("x", 1.0)])
         writer.write_result(1, {"eval/accuracy": 0.5})
     (log,) = (run.root / "wandb").glob("offline-run-*/run-*.wandb")
-    data, name = log.read_bytes(), (run.root / "wandb_id").read_text()
+    name, deadline = (run.root / "wandb_id").read_text(), time.monotonic() + 20
+    # A process of wandb's own writes it.
+    while b"eval/accuracy" not in (data := log.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
     for part in ("loss", "grad_norm/q_proj/a/layer_03", "heat_map/l2", "eval/accuracy", name):
         assert part.encode() in data, part
     with MetricWriter(run, settings) as writer:
