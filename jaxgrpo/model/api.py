@@ -56,7 +56,7 @@ __all__ = [
 def init_base(config: Qwen2Config, key: jax.Array) -> Tree:
     """Random weights (normal, 0.02), for tests and benchmarks."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Qwen2(config).init(key, tokens, tokens, None)["params"]  # type: ignore[return-value]
+    return Qwen2(config, "full").init(key, tokens, tokens, None)["params"]  # type: ignore[return-value]
 
 
 def base_logical_axes(config: Qwen2Config) -> Tree:

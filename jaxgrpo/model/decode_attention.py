@@ -39,7 +39,7 @@ def decode_attention(
     slot: Int[Array, ""],
     *,
     block: int = BLOCK,
-    num_warps: int = 2,
+    num_warps: int = 1,
     num_stages: int = 3,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], dict[str, jax.Array]]:
