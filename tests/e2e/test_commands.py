@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 
@@ -17,40 +16,7 @@ from jaxgrpo.commands.command import PROGRAM, command_help
 from jaxgrpo.model.peft_files import read_peft
 from jaxgrpo.model.weights import EMBEDDED_DIR
 from jaxgrpo.run import COMMANDS, main, usage
-
-SMALL = [
-    "grpo.prompts_per_step=8",
-    "grpo.group_size=4",
-    "grpo.micro_batches=1",
-    "rollout.max_completion_tokens=32",
-    "eval.problems=8",
-    "eval.batch_prompts=8",
-    "optim.learning_rate=0.01",
-    "steps=2",
-]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A working directory in which `train`'s example has run, made small."""
-    path = tmp_path_factory.mktemp("commands")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        assert main([*example("train"), *SMALL]) == 0
-    return path
-
-
-@pytest.fixture
-def here(place, monkeypatch):
-    monkeypatch.chdir(place)
-    return place
-
-
-def example(name):
-    """The words of a command's example."""
-    words = shlex.split(COMMANDS[name].example)
-    assert words[0] == name
-    return words
+from tests.e2e.conftest import SMALL, example
 
 
 @pytest.mark.parametrize("name", COMMANDS)
