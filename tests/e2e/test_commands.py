@@ -81,6 +81,13 @@ def test_export_forms_hold_the_same_adapter(here):
             np.testing.assert_allclose(one.modules[name].delta(), module.delta(), atol=1e-7)
 
 
+def test_compress_to_a_share_of_the_parameters(here, capsys):
+    assert main(["compress", "runs/try/adapter", "out=runs/quarter", "parameters=0.25"]) == 0
+    small, whole = (read_peft(here / "runs" / name) for name in ("quarter", "try/adapter"))
+    assert 0.24 * whole.parameters < small.parameters <= 0.25 * whole.parameters
+    assert "parameters=0.25" in (here / "runs" / "quarter" / "README.md").read_text()
+
+
 def test_compress_says_what_it_keeps_and_peft_reads_it(here, capsys):
     assert main(example("compress")) == 0
     output = capsys.readouterr().out
