@@ -1,8 +1,6 @@
 """The programs that only a GPU runs, against the plain ones: JAXGRPO_TEST_ACCELERATOR=1
 python -m pytest -m gpu tests/gpu."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -55,7 +53,7 @@ def make_weights(config, seed=0):
     base = init_base(config, jax.random.key(seed))
     lora = init_lora(config, PLAN, jax.random.key(1))
     return base, jax.tree.map(
-        lambda x: x + 0.01 * jax.random.normal(jax.random.key(2), x.shape), lora
+        lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), lora
     )
 
 
@@ -87,16 +85,14 @@ def test_decode_attention_of_bfloat16(slot):
     f32 = jax.tree.map(lambda x: x.astype(jnp.float32), (q, prompt, want_own))
     want = plain_attention(f32[0], f32[1], mask, f32[2], jnp.int32(slot))
     rows = jnp.arange(prompts * group)
-    order = jnp.asarray(np.sort(rng.permutation(prompts * group)[:13]))
-    rows_from = jnp.searchsorted((rows // group)[order], jnp.arange(prompts + 1)).astype(jnp.int32)
-    run = jax.jit(functools.partial(decode_attention, group_size=group))
-    got, cache = run(
+    order = jnp.asarray(rng.permutation(prompts * group))
+    got, cache = jax.jit(decode_attention)(
         qkv[order], (rope[0][order], rope[1][order]), prompt,
-        (slots - lengths).astype(jnp.int32), rows_from,
+        (slots - lengths).astype(jnp.int32), (rows // group)[order],
         jax.tree.map(lambda x: x[order], own), jnp.int32(slot),
     )  # fmt: skip
     chex.assert_trees_all_close(got.astype(jnp.float32), want[order], atol=2e-2, rtol=2e-2)
-    error = jnp.linalg.norm(got.astype(jnp.float32) - want[order]) / jnp.linalg.norm(want[order])
+    error = jnp.linalg.norm(got.astype(jnp.float32) - want[order]) / jnp.linalg.norm(want)
     assert error < 4e-3, error
     # The new key is rounded once more or less, everything else is the same bits.
     want_own = jax.tree.map(lambda x: x[order].astype(jnp.float32), want_own)
@@ -113,7 +109,7 @@ def test_block_statistics(vocab):
     chex.assert_trees_all_close(sums, block_sums(logits / TEMPERATURE, want), rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 4e-2)])
 def test_sampled_log_probs_equal_the_trainers(monkeypatch, dtype, tolerance):
     """Through shrinking batches; mean difference in bfloat16 <= 0.01."""
     monkeypatch.setattr(engine, "MIN_BATCH", 16)
@@ -134,8 +130,8 @@ def test_sampled_log_probs_equal_the_trainers(monkeypatch, dtype, tolerance):
             chunk_tokens=256, remat="none",
         )  # fmt: skip
     drift = np.abs(np.where(out.mask, out.logprobs - want, 0))
-    mean = drift[np.asarray(out.mask)].mean()
-    assert mean <= 0.01 and drift.max() <= tolerance, (mean, drift.max())
+    assert drift.max() <= tolerance, drift.max()
+    assert drift[np.asarray(out.mask)].mean() <= 0.01
     assert (np.asarray(out.lengths) <= np.asarray(caps)).all()
 
 
