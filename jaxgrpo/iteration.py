@@ -12,15 +12,14 @@ import jax
 import numpy as np
 import optax
 
-from jaxgrpo.config import ConfigError
 from jaxgrpo.data import decode_completions, gold_completions, train_rows
+from jaxgrpo.evaluate import score_completions
 from jaxgrpo.grpo.advantages import compute_advantages, reward_metrics
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import make_logprobs, make_train_step
 from jaxgrpo.mesh import Purpose, batch_shards, fold_key, shard_rows, to_host
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.packing import pack_rows
-from jaxgrpo.rewards import combine_rewards
 from jaxgrpo.session import Session
 from jaxgrpo.types import (
     FINISH_LENGTH,
@@ -83,26 +82,37 @@ def make_programs(session: Session) -> Programs:
     )
 
 
+Watch = Callable[[str], None]
+"""Called with the name of a phase of a step, `rollout`, `reward` or `train`, when it begins."""
+
+
 def run_step(
-    session: Session, programs: Programs, state: TrainState, step: int
+    session: Session,
+    programs: Programs,
+    state: TrainState,
+    step: int,
+    watch: Watch = lambda phase: None,
 ) -> tuple[TrainState, StepResult]:
     """One batch and its optimizer updates."""
     run = grpo_step if session.config.objective == "grpo" else sft_step
-    return run(session, programs, state, step)
+    return run(session, programs, state, step, watch)
 
 
 def grpo_step(
-    session: Session, programs: Programs, state: TrainState, step: int
+    session: Session, programs: Programs, state: TrainState, step: int, watch: Watch
 ) -> tuple[TrainState, StepResult]:
     """One rollout and its optimizer updates."""
     config = session.config
     clock = Clock()
+    watch("rollout")
     prompts, host = sample_rollout(session, programs, state.lora, step)
     clock.lap("rollout")
+    watch("reward")
     texts = decode_completions(session.tokenizer, host.tokens, host.lengths)
     rewards, by_function = score(session, prompts, texts, host)
     advantages = compute_advantages(rewards, config.grpo.group_size, config.grpo.scale_rewards)
     clock.lap("reward")
+    watch("train")
     batch = make_train_batch(session, programs, state.lora, prompts, host, advantages)
     reports = []
     for _ in range(config.grpo.num_iterations):
@@ -123,12 +133,13 @@ def grpo_step(
 
 
 def sft_step(
-    session: Session, programs: Programs, state: TrainState, step: int
+    session: Session, programs: Programs, state: TrainState, step: int, watch: Watch
 ) -> tuple[TrainState, StepResult]:
     """One supervised update on gold answers: as many rows as a GRPO step has."""
     clock = Clock()
     prompts, gold = gold_rollout(session, step)
     clock.lap("rollout")
+    watch("train")
     ones = np.ones(len(gold.lengths), np.float32)
     batch = make_train_batch(session, programs, state.lora, prompts, gold, ones)
     state, report = programs.train_step(state, session.base, session.device_plan, batch)
@@ -210,21 +221,15 @@ def score(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The weighted reward of every row, and each function's own."""
     config = session.config
-    group = config.grpo.group_size
-    try:
-        total, by_function = combine_rewards(
-            session.rewards,
-            list(config.rewards.values()),
-            texts,
-            [answer for answer in prompts.answers for _ in range(group)],
-            timeout_s=config.reward_timeout_s,
-            prompts=[text for text in prompts.texts for _ in range(group)],
-            completion_lengths=rollout.lengths.tolist(),
-            max_completion_tokens=config.rollout.max_completion_tokens,
-            finish_reasons=[FINISH_REASONS[i] for i in rollout.finish_reasons],
-        )
-    except ValueError as error:
-        raise ConfigError(f"rewards: {error}") from None
+    total, by_function = score_completions(
+        session.rewards,
+        list(config.rewards.values()),
+        prompts,
+        texts,
+        rollout,
+        config.rollout.max_completion_tokens,
+        config.reward_timeout_s,
+    )
     as_array = {
         name: np.array([np.nan if v is None else v for v in values])
         for name, values in by_function.items()
