@@ -20,6 +20,7 @@ from jaxgrpo.grpo.step import make_logprobs, make_train_step
 from jaxgrpo.mesh import Purpose, batch_shards, fold_key, shard_rows, to_host
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.packing import pack_rows
+from jaxgrpo.processes import gather_parts, own_part
 from jaxgrpo.rewards import combine_rewards
 from jaxgrpo.session import Session
 from jaxgrpo.types import (
@@ -211,25 +212,28 @@ def score(
     """The weighted reward of every row, and each function's own."""
     config = session.config
     group = config.grpo.group_size
+    # Every process scores some of the groups, and all of them get all rewards.
+    mine = own_part(len(prompts.texts))
+    rows = slice(mine.start * group, mine.stop * group)
     try:
         total, by_function = combine_rewards(
             session.rewards,
             list(config.rewards.values()),
-            texts,
-            [answer for answer in prompts.answers for _ in range(group)],
+            texts[rows],
+            [answer for answer in prompts.answers[mine] for _ in range(group)],
             timeout_s=config.reward_timeout_s,
-            prompts=[text for text in prompts.texts for _ in range(group)],
-            completion_lengths=rollout.lengths.tolist(),
+            prompts=[text for text in prompts.texts[mine] for _ in range(group)],
+            completion_lengths=rollout.lengths[rows].tolist(),
             max_completion_tokens=config.rollout.max_completion_tokens,
-            finish_reasons=[FINISH_REASONS[i] for i in rollout.finish_reasons],
+            finish_reasons=[FINISH_REASONS[i] for i in rollout.finish_reasons[rows]],
         )
     except ValueError as error:
         raise ConfigError(f"rewards: {error}") from None
-    as_array = {
-        name: np.array([np.nan if v is None else v for v in values])
-        for name, values in by_function.items()
-    }
-    return np.asarray(total), as_array
+    table = np.full((1 + len(by_function), len(prompts.texts), group), np.nan)
+    for row, values in zip(table, (total, *by_function.values()), strict=True):
+        row[mine] = np.array([np.nan if v is None else v for v in values]).reshape(-1, group)
+    found = gather_parts(table.transpose(0, 2, 1)).transpose(0, 2, 1).reshape(len(table), -1)
+    return found[0], dict(zip(by_function, found[1:], strict=True))
 
 
 def make_train_batch(

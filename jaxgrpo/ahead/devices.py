@@ -29,7 +29,8 @@ def slice_devices(topology: Topology) -> Sequence[Any]:
     except (RuntimeError, ValueError, NotImplementedError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"topology {topology}: {line}; compiling for TPUs needs libtpu (pip install libtpu)"
+            f"topology {topology}: {line}; compiling for TPUs needs libtpu: "
+            "pip install 'jaxgrpo[tpu]'"
         ) from None
     return found.devices
 

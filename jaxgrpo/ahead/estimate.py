@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxgrpo.ahead.chips import GIB, LINK_SECONDS, Chip
 from jaxgrpo.ahead.hlo import Counts, count
 from jaxgrpo.ahead.programs import PROGRAMS, Lowered, bytes_per_device, tokens_per_device
-from jaxgrpo.config import Config
+from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.model.api import Qwen2Config, resharded_bytes
 from jaxgrpo.model.qwen2 import remat_that_fits
 from jaxgrpo.rank_plan import RankPlan
@@ -144,7 +144,15 @@ def _measure(name: str, compiled: Any, devices: int, chip: Chip | None) -> Progr
     working = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     if name != "merge":  # what merge makes is counted as the sampler's weights
         working += stats.output_size_in_bytes - stats.alias_size_in_bytes
-    counts = count(compiled.as_text(), devices)
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        line = str(error).splitlines()[0][:200]
+        raise ConfigError(
+            f"jaxlib cannot read what libtpu compiled ({line}); install the libtpu that this jax "
+            "asks for: pip install 'jaxgrpo[tpu]'"
+        ) from None
+    counts = count(text, devices)
     if chip is None:
         return Program(name, counts, working)
     computing = sum(t * max(f / chip.flops, b / chip.bandwidth) for f, b, t in counts.pieces)

@@ -336,7 +336,9 @@ def _bytes(module: Module, instructions: dict[str, Instruction], one: Instructio
     read = sum(array.hbm for arrays in operands for array in arrays)
     written = sum(array.hbm for array in one.results)
     if one.opcode in ("dynamic-slice", "gather", "slice"):
-        return 2 * written
+        return sum(array.bytes for array in one.results) + written
+    if one.opcode == "slice-start":  # its results: the operand, the slice, a flag
+        return one.results[1].bytes + one.results[1].hbm
     if one.opcode in ("dynamic-update-slice", "scatter"):
         update = operands[-1 if one.opcode == "scatter" else 1]
         return 2 * sum(array.hbm for array in update)

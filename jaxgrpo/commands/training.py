@@ -14,9 +14,12 @@ EXIT_INTERRUPTED = 130
 
 
 def run_train(config: Config, console: Console) -> int:
+    from jaxgrpo.processes import joined
     from jaxgrpo.train import train
 
-    result = train(config, console)
+    with joined() as first:
+        console = console if first else Console(quiet=True)
+        result = train(config, console)
     if result.interrupted:
         console.print("stopped and saved; run the same command again to go on")
         return EXIT_INTERRUPTED
@@ -31,9 +34,12 @@ def run_train(config: Config, console: Console) -> int:
 
 
 def run_eval(config: Config, console: Console) -> int:
+    from jaxgrpo.processes import joined
     from jaxgrpo.train import evaluate_run
 
-    result = evaluate_run(config, console)
+    with joined() as first:
+        console = console if first else Console(quiet=True)
+        result = evaluate_run(config, console)
     console.print(f"accuracy {result.describe()}")
     return 0
 
