@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import subprocess
 import sys
 import threading
 import time
@@ -97,13 +98,15 @@ def joined() -> Iterator[bool]:
     Raises:
         ConfigError: the job cannot be joined.
     """
-    arguments = find_job(os.environ)
+    started = jax.distributed.is_initialized()  # by Ray, for instance
+    arguments = {} if started else find_job(os.environ)
     if arguments is None:
         yield True
         return
     try:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(**arguments, initialization_timeout=CONNECT_S)
+        if not started:
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            jax.distributed.initialize(**arguments, initialization_timeout=CONNECT_S)
     except (RuntimeError, ValueError, OSError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
@@ -114,12 +117,10 @@ def joined() -> Iterator[bool]:
     watch.start()
     try:
         yield jax.process_index() == 0
-    except jax.errors.JaxRuntimeError as error:
-        # A collective that lost its partner fails before the watch has noticed why.
-        watch.wait_for_verdict(LOST_S + 3 * PERIOD_S)
-        watch.fail(" ".join(str(error).split())[:300], 1)
-        raise
     except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            # A collective that lost its partner fails before the watch has noticed why.
+            watch.join(LOST_S + 3 * PERIOD_S)
         codes = {ConfigError: 2, KeyboardInterrupt: 130}
         text = str(error) or type(error).__name__
         watch.fail(" ".join(text.split())[:300], codes.get(type(error), 1))
@@ -139,6 +140,10 @@ class Watch(threading.Thread):
         self._me, self._count = jax.process_index(), jax.process_count()
         self._heard = {i: (time.monotonic(), "") for i in range(self._count) if i != self._me}
         self._ended = threading.Event()
+        self._last_words = LastWords(
+            f"error: process {self._me} of the job was ended from outside: process 0 was lost, or "
+            f"it was killed itself; {KEPT}"
+        )
 
     def run(self) -> None:
         beat = 0
@@ -167,10 +172,6 @@ class Watch(threading.Thread):
             elif now - since > LOST_S and last:
                 self._end(f"process {other} of the job was lost: no sign of it for {LOST_S:.0f} s")
 
-    def wait_for_verdict(self, seconds: float) -> None:
-        """Gives the watch time to find out who was lost; it ends the process when it has."""
-        self.join(seconds)
-
     def fail(self, reason: str, code: int) -> None:
         """Tells the others why this process ends with `code`, and waits until they have read it."""
         self._ended.set()
@@ -181,6 +182,7 @@ class Watch(threading.Thread):
             while others and time.monotonic() < deadline:
                 others = [i for i in others if not self._knows(i)]
                 time.sleep(0.1)
+        self._last_words.withdraw()
         # Leaving jax.distributed in order would wait for processes that are not coming.
         threading.Thread(target=_exit_soon, args=(code,), daemon=True).start()
 
@@ -191,6 +193,7 @@ class Watch(threading.Thread):
     def finish(self) -> None:
         self._set("done", "yes")
         self._ended.set()
+        self._last_words.withdraw()
 
     def _set(self, what: str, value: str) -> None:
         self._store.key_value_set(f"jaxgrpo/{what}/{self._me}", value, allow_overwrite=True)
@@ -204,12 +207,37 @@ class Watch(threading.Thread):
             raise
 
     def _end(self, why: str) -> None:
-        print(
-            f"error: {why}; its last checkpoint is kept: start the job again to go on from it",
-            file=sys.stderr,
-            flush=True,
-        )
+        self._last_words.withdraw()
+        print(f"error: {why}; {KEPT}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+class LastWords:
+    """A line that is printed if this process ends without withdrawing it.
+
+    When process 0 dies, jax' own library aborts the others at once, with a page about RPCs; nothing
+    in this process can then speak any more, so another one does.
+    """
+
+    def __init__(self, line: str) -> None:
+        # In a session of its own: what ends this process shall not end that one.
+        self._speaker = subprocess.Popen(
+            [sys.executable, "-I", "-c", _SPEAK, line],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def withdraw(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._speaker.communicate(b"withdrawn", timeout=5)
+
+
+_SPEAK = """
+import sys
+if not sys.stdin.read():
+    print(sys.argv[1], file=sys.stderr)
+"""
+KEPT = "the last checkpoint is kept: start the job again to go on from it"
 
 
 def _exit_soon(code: int) -> None:

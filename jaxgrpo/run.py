@@ -29,6 +29,7 @@ from jaxgrpo.commands.completion import make_completion
 from jaxgrpo.commands.compress import COMPRESS
 from jaxgrpo.commands.export import EXPORT
 from jaxgrpo.commands.plan import PLAN, dry_run
+from jaxgrpo.commands.sweep import SWEEP
 from jaxgrpo.commands.training import EVAL, EXIT_INTERRUPTED, STUDY, TRAIN
 from jaxgrpo.config import Config, ConfigError
 
@@ -38,6 +39,7 @@ EXIT_ERROR, EXIT_USAGE = 1, 2
 
 QUIET_LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
@@ -50,6 +52,7 @@ COMMANDS: dict[str, Command] = {
     "train": TRAIN,
     "eval": EVAL,
     "study": STUDY,
+    "sweep": SWEEP,
     "check": CHECK,
     "plan": PLAN,
     "export": EXPORT,
