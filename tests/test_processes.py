@@ -74,7 +74,11 @@ def test_a_killed_process_ends_the_others_and_the_job_resumes(tmp_path, victim):
     survivor = 1 - victim
     assert job[survivor].wait(60) not in (0, None)
     assert time.monotonic() - before < 60
-    said = (tmp_path / f"log_{survivor}.txt").read_text()
+    # What a process can no longer say is said for it, a moment later.
+    log, deadline = tmp_path / f"log_{survivor}.txt", time.monotonic() + 10
+    while (said := log.read_text()).count("start the job again") == 0:
+        assert time.monotonic() < deadline, said
+        time.sleep(0.1)
     assert "the last checkpoint is kept: start the job again" in said
     assert f"process {victim} " in said and "Traceback" not in said
     steps = [int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()]

@@ -229,7 +229,7 @@ def _newest(job: Job) -> tuple[str, str]:
     return "", ""
 
 
-def run_part(raw: str, number: int) -> tuple[str, str]:
+def run_part(raw: str, number: int, logs: bool = True) -> tuple[str, str]:
     """In a worker: one job of a study; gives ("done" | "lost" | "failed", why)."""
     from jaxgrpo.artifacts import DivergedError
     from jaxgrpo.study.arms import Runner
@@ -240,7 +240,7 @@ def run_part(raw: str, number: int) -> tuple[str, str]:
     log.mkdir(exist_ok=True)
     name = "prepare" if number == PREPARE else list_arms(study)[number].name
     with (log / f"{name}.txt").open("a", encoding="utf-8") as file:
-        runner = Runner(study, Console(file=file, width=100))
+        runner = Runner(study, Console(file=file, width=100, quiet=not logs))
         try:
             runner.prepare() if number == PREPARE else runner.arm(number)
         except Interrupted:  # the node is being taken away; what was running is saved
@@ -297,8 +297,8 @@ def _train_loop(given: dict) -> None:
         os.environ["JAX_PROCESS_ID"] = str(context.get_world_rank())
     from jaxgrpo.processes import joined
 
-    with joined():
-        outcome, reason = run_part(given["raw"], given["number"])
+    with joined() as first:
+        outcome, reason = run_part(given["raw"], given["number"], first)
     if outcome != "done":
         raise RuntimeError(reason)
 
