@@ -8,6 +8,7 @@ table leaves open.
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,6 +149,19 @@ def decode_options() -> dict[str, bool | str] | None:
         return options
     recorded = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
     return options | {"xla_gpu_enable_command_buffer": recorded}
+
+
+def keep_compiled_programs() -> None:
+    """Has jax keep compiled programs on disk, so that another start does not compile them again.
+
+    In `$XDG_CACHE_HOME/jaxgrpo/programs` (default ~/.cache), unless JAX_COMPILATION_CACHE_DIR says
+    where; JAX_ENABLE_COMPILATION_CACHE=false switches it off. Not on CPU, where jax's own warning
+    holds that a program is tied to the very processor, and where ours compile in seconds.
+    """
+    if jax.default_backend() == "cpu" or jax.config.jax_compilation_cache_dir is not None:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxgrpo", "programs"))
 
 
 def on_one_device() -> bool:

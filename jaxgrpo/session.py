@@ -15,7 +15,15 @@ from rich.console import Console
 
 from jaxgrpo.config import Config, ConfigError, LoraConfig
 from jaxgrpo.data import PromptSource, check_gold_answers, load_problems, load_tokenizer
-from jaxgrpo.mesh import Purpose, batch_shards, fold_key, make_mesh, replicate, sharding
+from jaxgrpo.mesh import (
+    Purpose,
+    batch_shards,
+    fold_key,
+    keep_compiled_programs,
+    make_mesh,
+    replicate,
+    sharding,
+)
 from jaxgrpo.model.adapters import StackedAdapter, stack_adapter
 from jaxgrpo.model.api import Qwen2Config, device_plan, init_lora, lora_logical_axes
 from jaxgrpo.model.peft_files import read_peft
@@ -129,6 +137,7 @@ def open_model(config: Config) -> OpenModel:
     Raises:
         ConfigError: anything about the model that the user has to mend.
     """
+    keep_compiled_programs()
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
     model_dir = resolve_model_dir(config.model.path, config.model.revision)

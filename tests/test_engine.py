@@ -17,6 +17,7 @@ from jaxgrpo.model.api import (
     make_decode_weights,
 )
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.rollout import engine
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.types import FINISH_LENGTH, FINISH_STOP_STRING, FINISH_STOP_TOKEN, check_rollout
@@ -45,12 +46,12 @@ def _prompts(prompts=4, slots=7):
     return tokens, np.arange(slots)[None, :] >= slots - lengths[:, None]
 
 
-def _generate(stop=NEVER, merge=True, key=0, rollout=None, prompts=None):
+def _generate(stop=NEVER, merge=True, key=0, rollout=None, prompts=None, caps=None):
     rollout = rollout or RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
     weights = make_decode_weights(CONFIG, _base(), _lora(), device_plan(PLAN), merge)
     tokens, mask = prompts or _prompts()
     generate = make_generate(CONFIG, rollout, stop, GROUP)
-    out = generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(key))
+    out = generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(key), caps)
     check_rollout(out)
     return jax.tree.map(np.asarray, out)
 
@@ -99,6 +100,18 @@ def test_without_a_stop_every_row_reaches_the_cap():
 def test_stopping_changes_no_token_before_the_stop():
     free, stopped = _generate(), _generate(StopRules(tuple(range(2, 14))))
     np.testing.assert_array_equal(np.where(stopped.mask, free.tokens, 0), stopped.tokens)
+
+
+def test_a_shrinking_batch_changes_nothing(monkeypatch):
+    """What one GPU does when rows have ended: the others go on in smaller and smaller batches."""
+    caps = jnp.asarray([12, 1, 3, 5, 2, 2, 9, 1, 4, 12, 7, 2])
+    want = _generate(StopRules((5, 9)), caps=caps)
+    monkeypatch.setattr(engine, "batch_sizes", lambda rows: (rows, 6, 3, 1))
+    got = _generate(StopRules((5, 9)), caps=caps)
+    chex.assert_trees_all_equal(got.tokens, want.tokens)
+    chex.assert_trees_all_close(got, want, atol=1e-5, rtol=0)
+    assert (got.lengths <= caps).all()
+    assert len(set(got.lengths.tolist())) > 5
 
 
 def test_stop_string_ends_a_row_where_the_table_says():

@@ -33,7 +33,7 @@ from jaxgrpo.grpo.step import (
     make_train_step,
 )
 from jaxgrpo.iteration import bin_sizes
-from jaxgrpo.mesh import gpu_options, to_host
+from jaxgrpo.mesh import gpu_options, keep_compiled_programs, to_host
 from jaxgrpo.model.api import (
     PRESETS,
     device_plan,
@@ -83,6 +83,7 @@ class Bench:
 
     def __init__(self, config: BenchConfig) -> None:
         bench = config.bench
+        keep_compiled_programs()
         dtype = resolve_dtype(config.model.dtype)
         if bench.preset == EMBEDDED:
             model = read_qwen2_config(EMBEDDED_DIR, dtype)
@@ -183,7 +184,7 @@ class Bench:
         key = jax.random.key(self.config.seed)
         weights = self._decode_weights(lora)
         tokens, mask = jnp.asarray(self.prompts.tokens), jnp.asarray(self.prompts.mask)
-        return self.generate(weights, tokens, mask, key)
+        return self.generate(weights, tokens, mask, key, jnp.asarray(self.lengths))
 
     def make_step(
         self, *, weight_grad_norms: bool | None = None

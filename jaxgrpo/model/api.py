@@ -58,7 +58,7 @@ __all__ = [
 def init_base(config: Qwen2Config, key: jax.Array) -> Tree:
     """Random weights (normal, 0.02), for tests and benchmarks."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Qwen2(config).init(key, tokens, tokens, None)["params"]  # type: ignore[return-value]
+    return Qwen2(config, "full").init(key, tokens, tokens, None)["params"]  # type: ignore[return-value]
 
 
 def base_logical_axes(config: Qwen2Config) -> Tree:
@@ -274,25 +274,39 @@ def decode_step(
     cache: tuple[LayerCache, ...],
     tokens: Int[Array, " B"],
     t: Int[Array, ""],
+    group_size: int,
     prompt_of: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
     """Feeds the completion token with index `t` of every row.
 
     Args:
-        prompt_of: which prompt a row continues; None: row p*G+g continues prompt p. Taken only
-            where `kv_cache.use_kernel` says so.
+        group_size: at most so many rows continue a prompt.
+        prompt_of: which prompt a row continues, never less than the row before it; None: row
+            p*G+g continues prompt p.
     """
     lengths = jnp.sum(prompt_mask, axis=1)
+    prompts = jnp.arange(len(lengths) + 1)
     if prompt_of is None:
-        positions = jnp.repeat(lengths, tokens.shape[0] // len(lengths)) + t
+        positions, rows_from = jnp.repeat(lengths, group_size) + t, prompts * group_size
     else:
         positions = lengths[prompt_of] + t
+        rows_from = jnp.sum(prompt_of[None, :] < prompts[:, None], axis=1, dtype=jnp.int32)
     rope = rotary_tables(config, positions)
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     new_cache = []
     for layer, prompt, completion in zip(weights["layers"], prompt_cache, cache, strict=True):
         x, completion = _block(config, layer).apply(  # type: ignore[misc]
-            layer, x, rope, prompt, prompt_mask, prompt_of, completion, t, method="decode"
+            layer,
+            x,
+            rope,
+            prompt,
+            prompt_mask,
+            prompt_of,
+            rows_from,
+            group_size,
+            completion,
+            t,
+            method="decode",
         )
         new_cache.append(completion)
     return _final_norm(config, weights, x), tuple(new_cache)

@@ -220,12 +220,16 @@ class Block(nn.Module):
         prompt: LayerCache,
         prompt_mask: Bool[Array, "P S"],
         prompt_of: Int[Array, " B"] | None,
+        rows_from: Int[Array, " P1"],
+        group_size: int,
         completion: LayerCache,
         slot: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], LayerCache]:
         """One token per row: a kernel on one GPU, plain XLA everywhere else."""
         if not use_kernel(x.dtype):
-            assert prompt_of is None, "only the kernel takes rows out of their groups' order"
+            if prompt_of is not None:
+                prompt = jax.tree.map(lambda cache: cache[prompt_of], prompt)
+                prompt_mask = prompt_mask[prompt_of]
             q, k, v = self._qkv(x, rope)
             completion = write_slot(completion, k, v, slot)
             attended = plain_attention(q, prompt, prompt_mask, completion, slot)
@@ -233,10 +237,8 @@ class Block(nn.Module):
             qkv = self._project_joined(self.input_layernorm(x), "q_proj", "k_proj", "v_proj")
             heads = qkv.reshape(len(x), -1, self.config.head_dim)
             start = prompt_mask.shape[1] - jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
-            if prompt_of is None:
-                prompt_of = jnp.arange(len(x)) // (len(x) // len(start))
             attended, completion = decode_attention(
-                heads, rope, prompt, start, prompt_of, completion, slot
+                heads, rope, prompt, start, rows_from, completion, slot, group_size=group_size
             )
         return constrain(self._finish(x, attended), "act_batch", "act_embed"), completion
 

@@ -1,21 +1,22 @@
 """Sampling: one prefill per prompt, one compiled loop for all completions.
 
 Prompts are run once and their caches shared by the group. The loop stops when every row has ended
-or the cap is reached. Weights are an argument in the decode form (`model.api.make_decode_weights`).
+or the cap is reached. On one GPU it goes on with a smaller batch whenever half of its rows have
+ended, so that a few long completions do not run at the price of all. Weights are an argument in
+the decode form (`model.api.make_decode_weights`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import RolloutConfig
-from jaxgrpo.mesh import constrain, decode_options
+from jaxgrpo.mesh import constrain, decode_options, on_one_device
 from jaxgrpo.model.api import (
     Qwen2Config,
     cache_slots,
@@ -28,48 +29,101 @@ from jaxgrpo.rollout.sampling import draws_needed, row_draws, row_keys, sample
 from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.types import FINISH_LENGTH, FINISH_STOP_STRING, FINISH_STOP_TOKEN, Rollout, Tree
 
-Generate = Callable[[Tree, jax.Array, jax.Array, jax.Array], Rollout]
+
+class Generate(Protocol):
+    """The jitted sampler; on a mesh its arguments and results are split along the batch."""
+
+    def __call__(
+        self,
+        weights: Tree,
+        prompt_tokens: Int[Array, "P S"],
+        prompt_mask: Bool[Array, "P S"],
+        key: jax.Array,
+        caps: Int[Array, " B"] | None = None,
+    ) -> Rollout: ...
+
+
+MAX_BATCH_SIZES = 4
+"""Each is a program of its own to compile; a fifth would save 3 % of log-normal lengths' time."""
+
+MIN_BATCH = 32
+"""Below it a token step costs what the weights cost to read, whatever the batch."""
+
+
+class _Rows(NamedTuple):
+    """What belongs to the rows being sampled, and does not change."""
+
+    number: Int[Array, " B"]
+    prompt_of: Int[Array, " B"]
+    keys: Array
+    draws: Float[Array, "C B k"]
+    caps: Int[Array, " B"]
 
 
 class _Loop(NamedTuple):
     """What the decode loop carries; `t` tokens of every row have been sampled."""
 
     t: Int[Array, ""]
-    hidden: Float[Array, "B D"]
     cache: tuple
     tokens: Int[Array, "B C"]
     logprobs: Float[Array, "B C"]
+    newest: Int[Array, " B"]
     lengths: Int[Array, " B"]
     finish_reasons: Int[Array, " B"]
     done: Bool[Array, " B"]
     stop_state: Int[Array, " B"]
 
 
+class _Found(NamedTuple):
+    """What is kept of the loop."""
+
+    tokens: Int[Array, "B C"]
+    logprobs: Float[Array, "B C"]
+    lengths: Int[Array, " B"]
+    finish_reasons: Int[Array, " B"]
+
+
+def _found(loop: _Loop) -> _Found:
+    return _Found(loop.tokens, loop.logprobs, loop.lengths, loop.finish_reasons)
+
+
+def batch_sizes(rows: int) -> tuple[int, ...]:
+    """The batches in which `rows` rows are sampled, each for when no more rows are left: halves on
+    one GPU. On a mesh another batch would move caches between devices; on a CPU it costs more to
+    compile than it saves."""
+    sizes = [rows]
+    if jax.default_backend() == "gpu" and on_one_device():
+        while len(sizes) < MAX_BATCH_SIZES and sizes[-1] % 2 == 0 and sizes[-1] >= 2 * MIN_BATCH:
+            sizes.append(sizes[-1] // 2)
+    return tuple(sizes)
+
+
 def make_generate(
     model_config: Qwen2Config, rollout: RolloutConfig, stop: StopRules, group_size: int
 ) -> Generate:
-    """Jits (weights, prompt_tokens [P, S], prompt_mask [P, S], key) -> Rollout of P*G rows.
+    """Jits (weights, prompt_tokens [P, S], prompt_mask [P, S], key, caps [B] = none) -> Rollout of
+    B = P*G rows.
 
     Args:
         rollout: cap, temperature and cuts; static, so that what is off costs nothing.
         stop: what ends a completion.
         group_size: completions per prompt, row p*G+g being completion g of prompt p.
+
+    `caps` end rows earlier than the cap of all.
     """
     width = rollout.max_completion_tokens
     stop_ids = jnp.asarray(stop.token_ids, jnp.int32)
     transitions = None if stop.transitions is None else jnp.asarray(stop.transitions)
-
     count = draws_needed(rollout.top_p)
 
-    def draw(
-        weights: Tree, keys: jax.Array, draws: jax.Array, loop: _Loop
-    ) -> tuple[jax.Array, _Loop]:
+    def draw(weights: Tree, rows: _Rows, hidden: jax.Array, loop: _Loop) -> _Loop:
         """Samples token `t` of every row from `hidden` and books it."""
-        scores = constrain(logits(model_config, weights, loop.hidden), "act_batch", "act_vocab")
+        t = loop.t
+        scores = constrain(logits(model_config, weights, hidden), "act_batch", "act_vocab")
         tokens, logprobs = sample(
             scores,
-            draws[loop.t],
-            lambda number: row_draws(keys, (number * width + loop.t)[None], count)[0],
+            rows.draws[t],
+            lambda number: row_draws(rows.keys, (number * width + t)[None], count)[0],
             temperature=rollout.temperature,
             top_k=rollout.top_k,
             top_p=rollout.top_p,
@@ -85,13 +139,15 @@ def make_generate(
             by_string = live & (stop_state == transitions.shape[0] - 1) & ~by_token
         reason = jnp.where(by_token, FINISH_STOP_TOKEN, loop.finish_reasons)
         reason = jnp.where(by_string, FINISH_STOP_STRING, reason)
-        column = (jnp.arange(width) == loop.t)[None, :]
-        return tokens, loop._replace(
-            tokens=jnp.where(column, tokens[:, None], loop.tokens),
-            logprobs=jnp.where(column & live[:, None], logprobs[:, None], loop.logprobs),
+        logprobs = jnp.where(live, logprobs, 0.0)
+        return loop._replace(
+            t=t + 1,
+            tokens=jax.lax.dynamic_update_slice(loop.tokens, tokens[:, None], (0, t)),
+            logprobs=jax.lax.dynamic_update_slice(loop.logprobs, logprobs[:, None], (0, t)),
+            newest=tokens,
             lengths=loop.lengths + live,
             finish_reasons=reason,
-            done=loop.done | by_token | by_string,
+            done=loop.done | by_token | by_string | (t + 1 >= rows.caps),
             stop_state=stop_state,
         )
 
@@ -101,47 +157,83 @@ def make_generate(
         prompt_tokens: Int[Array, "P S"],
         prompt_mask: Bool[Array, "P S"],
         key: jax.Array,
+        caps: Int[Array, " B"] | None = None,
     ) -> Rollout:
-        rows = prompt_tokens.shape[0] * group_size
-        keys = row_keys(key, rows)
-        draws = row_draws(keys, jnp.arange(width), count)
+        sizes = batch_sizes(prompt_tokens.shape[0] * group_size)
+        number = jnp.arange(sizes[0])
+        keys = row_keys(key, sizes[0])
+        rows = _Rows(
+            number=number,
+            prompt_of=number // group_size,
+            keys=keys,
+            draws=row_draws(keys, jnp.arange(width), count),
+            caps=jnp.full(sizes[0], width, jnp.int32) if caps is None else caps,
+        )
         slots = cache_slots(prompt_tokens.shape[1], model_config.compute_dtype)
         unused = slots - prompt_tokens.shape[1]
         prompt_tokens = jnp.pad(prompt_tokens, ((0, 0), (unused, 0)))
         prompt_mask = jnp.pad(prompt_mask, ((0, 0), (unused, 0)))
         hidden, prompt_cache = prefill(model_config, weights, prompt_tokens, prompt_mask)
+        hidden = constrain(jnp.repeat(hidden, group_size, axis=0), "act_batch", "act_embed")
         start = _Loop(
             t=jnp.zeros((), jnp.int32),
-            hidden=constrain(jnp.repeat(hidden, group_size, axis=0), "act_batch", "act_embed"),
-            cache=init_completion_cache(model_config, rows, width),
-            tokens=jnp.zeros((rows, width), jnp.int32),
-            logprobs=jnp.zeros((rows, width), jnp.float32),
-            lengths=jnp.zeros(rows, jnp.int32),
-            finish_reasons=jnp.full(rows, FINISH_LENGTH, jnp.int32),
-            done=jnp.zeros(rows, bool),
-            stop_state=jnp.zeros(rows, jnp.int32),
+            cache=init_completion_cache(model_config, sizes[0], width),
+            tokens=jnp.zeros((sizes[0], width), jnp.int32),
+            logprobs=jnp.zeros((sizes[0], width), jnp.float32),
+            newest=jnp.zeros(sizes[0], jnp.int32),
+            lengths=jnp.zeros(sizes[0], jnp.int32),
+            finish_reasons=jnp.full(sizes[0], FINISH_LENGTH, jnp.int32),
+            done=jnp.zeros(sizes[0], bool),
+            stop_state=jnp.zeros(sizes[0], jnp.int32),
         )
+        loop = draw(weights, rows, hidden, start)
 
-        def body(loop: _Loop) -> _Loop:
-            tokens, loop = draw(weights, keys, draws, loop)
-            hidden, cache = decode_step(
-                model_config, weights, prompt_cache, prompt_mask, loop.cache, tokens, loop.t
-            )
-            return loop._replace(t=loop.t + 1, hidden=hidden, cache=cache)
+        def run(rows: _Rows, loop: _Loop, enough: int, prompt_of: jax.Array | None) -> _Loop:
+            """Until no more than `enough` rows are left."""
 
-        def unfinished(loop: _Loop) -> Bool[Array, ""]:
-            # The last token needs no decode step after it, so it is drawn after the loop.
-            return (loop.t < width - 1) & ~jnp.all(loop.done)
+            def body(loop: _Loop) -> _Loop:
+                hidden, cache = decode_step(
+                    model_config,
+                    weights,
+                    prompt_cache,
+                    prompt_mask,
+                    loop.cache,
+                    loop.newest,
+                    loop.t - 1,
+                    group_size,
+                    prompt_of,
+                )
+                return draw(weights, rows, hidden, loop._replace(cache=cache))
 
-        loop = jax.lax.while_loop(unfinished, body, start)
-        _, loop = draw(weights, keys, draws, loop)
-        mask = jnp.arange(width)[None, :] < loop.lengths[:, None]
-        return Rollout(
-            tokens=loop.tokens,
-            mask=mask,
-            logprobs=loop.logprobs,
-            lengths=loop.lengths,
-            finish_reasons=loop.finish_reasons,
-        )
+            def unfinished(loop: _Loop) -> Bool[Array, ""]:
+                return (loop.t < width) & (jnp.sum(~loop.done) > enough)
+
+            return jax.lax.while_loop(unfinished, body, loop)
+
+        enough = (*sizes[1:], 0)
+        loop = run(rows, loop, enough[0], None)
+        found = _found(loop)
+        for size, left in zip(sizes[1:], enough[1:], strict=True):
+            rows, loop = _shrink(rows, loop, size)
+            loop = run(rows, loop, left, rows.prompt_of)
+            found = jax.tree.map(lambda x, y, to=rows.number: x.at[to].set(y), found, _found(loop))
+        mask = jnp.arange(width)[None, :] < found.lengths[:, None]
+        return Rollout(mask=mask, **found._asdict())
 
     return generate
+
+
+def _shrink(rows: _Rows, loop: _Loop, size: int) -> tuple[_Rows, _Loop]:
+    """The rows not yet done, filled up to `size` with others, and what belongs to them; rows of a
+    prompt stay side by side."""
+    kept = jnp.sort(jnp.argsort(loop.done, stable=True)[:size])
+
+    def take(x: jax.Array) -> jax.Array:
+        return x[kept]
+
+    of_rows, of_loop = rows._asdict(), loop._asdict()
+    draws, t = of_rows.pop("draws"), of_loop.pop("t")
+    return (
+        _Rows(draws=draws[:, kept], **jax.tree.map(take, of_rows)),
+        _Loop(t=t, **jax.tree.map(take, of_loop)),
+    )
