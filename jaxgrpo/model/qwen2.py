@@ -327,5 +327,9 @@ def choose_remat(config: Qwen2Config, remat: str, tokens: int) -> str:
     if remat != "auto":
         return remat
     stats = jax.local_devices()[0].memory_stats() or {}
-    per_device = tokens // batch_parts() * kept_bytes_per_token(config)
-    return "products" if per_device < 0.5 * stats.get("bytes_limit", 0) else "full"
+    return remat_that_fits(config, tokens // batch_parts(), stats.get("bytes_limit", 0))
+
+
+def remat_that_fits(config: Qwen2Config, tokens: int, memory: int) -> str:
+    """What `auto` is for so many tokens on one device of `memory` bytes; 0: not known."""
+    return "products" if tokens * kept_bytes_per_token(config) < 0.5 * memory else "full"

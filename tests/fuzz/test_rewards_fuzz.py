@@ -88,7 +88,7 @@ def test_gold_answers_are_read_or_refused_in_one_line():
                 read(text)
             except ValueError as error:
                 lines = str(error).splitlines()
-                assert len(lines) == 1, lines  # noqa: PT017
+                assert len(lines) == 1, lines
 
     fuzz(run, 1000)
 
