@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxgrpo.artifacts import hash_inputs
 from jaxgrpo.config import Config, ConfigError
@@ -130,9 +131,12 @@ class Checkpoints:
             stacklevel=3,
         )
         target = self._path.parent / f"damaged_checkpoint_{step}"
-        with contextlib.suppress(OSError):
-            shutil.rmtree(target, ignore_errors=True)
-            (self._path / str(step)).rename(target)
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(target, ignore_errors=True)
+                (self._path / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("a damaged checkpoint is out of the way")
         self._manager.reload()
 
 

@@ -20,6 +20,7 @@ from jaxgrpo.grpo.step import make_logprobs, make_train_step
 from jaxgrpo.mesh import Purpose, batch_shards, fold_key, shard_rows, to_host
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.packing import pack_rows
+from jaxgrpo.processes import gather_parts, own_part
 from jaxgrpo.session import Session
 from jaxgrpo.types import (
     FINISH_LENGTH,
@@ -221,20 +222,24 @@ def score(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The weighted reward of every row, and each function's own."""
     config = session.config
+    group = config.grpo.group_size
+    # Every process scores some of the groups, and all of them get all rewards.
+    mine = own_part(len(prompts.texts))
+    rows = slice(mine.start * group, mine.stop * group)
     total, by_function = score_completions(
         session.rewards,
         list(config.rewards.values()),
-        prompts,
-        texts,
-        rollout,
+        prompts.part(mine),
+        texts[rows],
+        jax.tree.map(lambda x: x[rows], rollout),
         config.rollout.max_completion_tokens,
         config.reward_timeout_s,
     )
-    as_array = {
-        name: np.array([np.nan if v is None else v for v in values])
-        for name, values in by_function.items()
-    }
-    return np.asarray(total), as_array
+    table = np.full((1 + len(by_function), len(prompts.texts), group), np.nan)
+    for row, values in zip(table, (total, *by_function.values()), strict=True):
+        row[mine] = np.array([np.nan if v is None else v for v in values]).reshape(-1, group)
+    found = gather_parts(table.transpose(0, 2, 1)).transpose(0, 2, 1).reshape(len(table), -1)
+    return found[0], dict(zip(by_function, found[1:], strict=True))
 
 
 def make_train_batch(

@@ -41,6 +41,10 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "act_vocab": "model",
 }
 
+ROLLOUT_RULES = AXIS_RULES | {"embed": None}
+"""Where the sampler's weights lie: split over `model` alone. What training splits over `fsdp` is
+gathered once per iteration; left split, it would be gathered once per token."""
+
 
 class Purpose(enum.IntEnum):
     """What a random key is for. Keys fold from (seed, step, purpose), so none is used twice."""
@@ -106,6 +110,28 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def to_rollout_layout(x: jax.Array, logical: Sequence[str]) -> jax.Array:
+    """Moves a weight from training's layout to the sampler's, inside a jitted function."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Where both layouts are one, the weight itself is handed on, and not a copy.
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, PartitionSpec(*(ROLLOUT_RULES[name] for name in logical))
+    )
+
+
+def rollout_bytes(mesh: Mesh, shape: Sequence[int], itemsize: int, logical: Sequence[str]) -> int:
+    """What each device receives when `to_rollout_layout` moves an array."""
+
+    def held(rules: dict) -> int:
+        where = NamedSharding(mesh, PartitionSpec(*(rules[name] for name in logical)))
+        return int(np.prod(where.shard_shape(tuple(shape)))) * itemsize
+
+    # The sampler's part of a device contains training's.
+    return held(ROLLOUT_RULES) - held(AXIS_RULES)
+
+
 def gpu_options() -> dict[str, bool | str] | None:
     """Compiler options that the programs want on GPU; they go with each program, so that nothing
     depends on the user's XLA_FLAGS."""
@@ -132,7 +158,7 @@ def keep_compiled_programs() -> None:
     where; JAX_ENABLE_COMPILATION_CACHE=false switches it off. Not on CPU, where jax's own warning
     holds that a program is tied to the very processor, and where ours compile in seconds.
     """
-    if jax.default_backend() == "cpu" or jax.config.jax_compilation_cache_dir is not None:
+    if jax.default_backend() == "cpu" or jax.config.read("jax_compilation_cache_dir") is not None:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxgrpo", "programs"))

@@ -54,13 +54,10 @@ def pack_rows(
         order[places * micro_batches + micro] = inside
     used = [_layout(prompt_lengths, lengths, group_size, members) for members in dealt]
     prompts_per_bin = prompts // bins
-    capacity = prompts_per_bin * (length - width + group_size * width)
+    capacity, most = bin_capacity(prompts_per_bin, group_size, length - width, width)
     size = _bucket(max(bin_used for bin_used, _ in used), capacity, sizes)
-    scored = _bucket(
-        max(int(lengths[_rows_of(m, group_size)].sum()) for m in dealt),
-        prompts_per_bin * group_size * width,
-        sizes,
-    )
+    longest = max(int(lengths[_rows_of(m, group_size)].sum()) for m in dealt)
+    scored = _bucket(longest, most, sizes)
     arrays = _empty(bins, size, scored, rows, length, width)
     for i, (members, (_, offsets)) in enumerate(zip(dealt, used, strict=True)):
         shard, micro = divmod(i, micro_batches)
@@ -71,6 +68,11 @@ def pack_rows(
             group_size,
         )  # fmt: skip
     return order, Packing(**cast(Any, arrays), group_size=group_size)
+
+
+def bin_capacity(prompts: int, group_size: int, prompt: int, width: int) -> tuple[int, int]:
+    """Tokens, and completion tokens among them, of a bin in which nothing ends early."""
+    return prompts * (prompt + group_size * width), prompts * group_size * width
 
 
 def _deal(

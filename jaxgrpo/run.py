@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from glob import glob
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.console import Console
 from jaxgrpo.artifacts import DivergedError, RunLockedError
 from jaxgrpo.commands.bench import BENCH
 from jaxgrpo.commands.chat import CHAT
+from jaxgrpo.commands.check import CHECK
 from jaxgrpo.commands.command import (
     EMBEDDED_CONFIG,
     PROGRAM,
@@ -27,17 +29,30 @@ from jaxgrpo.commands.completion import make_completion
 from jaxgrpo.commands.compress import COMPRESS
 from jaxgrpo.commands.export import EXPORT
 from jaxgrpo.commands.plan import PLAN, dry_run
-from jaxgrpo.commands.training import CHECK, EVAL, EXIT_INTERRUPTED, STUDY, TRAIN
+from jaxgrpo.commands.sweep import SWEEP
+from jaxgrpo.commands.training import EVAL, EXIT_INTERRUPTED, STUDY, TRAIN
 from jaxgrpo.config import Config, ConfigError
 
 __all__ = ["COMMANDS", "EMBEDDED_CONFIG", "entry_point", "main"]
 
 EXIT_ERROR, EXIT_USAGE = 1, 2
 
+QUIET_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+"""Answers that libtpu would otherwise ask a cloud's metadata server for."""
+
 COMMANDS: dict[str, Command] = {
     "train": TRAIN,
     "eval": EVAL,
     "study": STUDY,
+    "sweep": SWEEP,
     "check": CHECK,
     "plan": PLAN,
     "export": EXPORT,
@@ -69,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Native libraries would otherwise interleave their own log lines with the progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libtpu()
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         return guarded(lambda: run_command(name, words))
@@ -114,6 +130,13 @@ def guarded(run: Callable[[], int]) -> int:
 
 def terminated(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def quiet_libtpu() -> None:
+    """Where libtpu is installed but no TPU is, keeps jax from trying it, with pages of warnings."""
+    if not glob("/dev/accel*") and not glob("/dev/vfio/[0-9]*"):
+        for name, value in QUIET_LIBTPU.items():
+            os.environ.setdefault(name, value)
 
 
 def show_warning(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:

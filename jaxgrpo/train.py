@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from jaxgrpo.metrics import MetricWriter, completions_table
 from jaxgrpo.model.adapters import save_adapter
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.model_card import CardFacts, scores_of, write_card
+from jaxgrpo.processes import any_process, check_agreement, check_shared, first_process
 from jaxgrpo.progress import ProgressBar
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.session import Session, open_session, warn_user
@@ -78,7 +80,10 @@ def train_session(
     """
     config = session.config
     run = RunDirectory(Path(config.run_dir)).create()
-    with run.lock(), saying_what_is_saved(run):
+    check_shared(run.root)
+    # One lock for the job: its processes are one writer.
+    held = run.lock() if first_process() else nullcontext()
+    with held, saying_what_is_saved(run):
         fresh = init_train_state(session.init_lora(), programs.optimizer, track_sensitivity)
         checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
         fixed = None if replan else session.plan
@@ -87,7 +92,11 @@ def train_session(
         if restored is not None:
             console.print(f"resuming {run.root} after step {start} of {config.steps}")
             session = session.with_plan(plan)
-        atomic_write_text(run.config, dump_config(config))
+        check_agreement("settings", json.dumps(encode_config(config), sort_keys=True))
+        check_agreement("rank plans", json.dumps(plan.to_json(), sort_keys=True))
+        check_agreement("checkpoints to go on from", str(start))
+        if first_process():
+            atomic_write_text(run.config, dump_config(config))
         writer = MetricWriter(run, flat_settings(config))
         writer.rewind(start)
         with writer, stop_requested() as stopping:
@@ -124,12 +133,14 @@ class Loop:
                 for step in range(start, config.steps):
                     state, metrics = self.step(state, step, bar)
                     done = step + 1
-                    if done < config.steps and self.stopping.is_set():
+                    if done < config.steps and self.should_stop():
                         raise StoppedError
                     if done < config.steps and self.evaluation_due(done):
                         self.evaluate(state, done)
             model = str(config.model.path)
-            save_adapter(self.run.adapter, to_host(state.lora), self.session.plan, model)
+            lora = to_host(state.lora)
+            if first_process():
+                save_adapter(self.run.adapter, lora, self.session.plan, model)
             after = self.evaluate(state, done) if config.eval.after_training else None
         except StoppedError:
             if done > start:
@@ -141,11 +152,16 @@ class Loop:
                 self.checkpoints.save(done, state, config, self.session.plan)
             raise
         result = TrainResult(before, after, self.run, metrics, interrupted=False)
-        self.write_card(result)
         if result.after is not None:
             self.writer.write_result(done, result.after.metrics)
-        atomic_write_json(self.run.summary, summary(self.session, result))
+        if first_process():
+            self.write_card(result)
+            atomic_write_json(self.run.summary, summary(self.session, result))
         return result
+
+    def should_stop(self) -> bool:
+        """Whether any process of the job was asked to stop; then all of them do, at one step."""
+        return any_process(self.stopping.is_set())
 
     def step(
         self, state: TrainState, step: int, bar: ProgressBar
@@ -158,7 +174,9 @@ class Loop:
             )
         except Exception:
             # A reward that raised, say, must not cost the steps since the last checkpoint.
-            if step and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+            # Of several processes the others may not be there to save with.
+            alone = jax.process_count() == 1
+            if step and alone and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
                 self.checkpoints.save(step, state, config, self.session.plan)
             raise
         self.writer.write(done, result.metrics, result.layer_grad_norms)
@@ -209,7 +227,7 @@ class Loop:
             self.run,
             self.writer,
             self.console,
-            self.stopping.is_set,
+            self.should_stop,
         )
 
 
@@ -264,7 +282,9 @@ def evaluate_run(config: Config, console: Console) -> EvalResult:
     """
     session = open_session(config, console)
     run = RunDirectory(Path(config.run_dir)).create()
-    with run.lock(), jax.set_mesh(session.mesh):
+    check_shared(run.root)
+    held = run.lock() if first_process() else nullcontext()
+    with held, jax.set_mesh(session.mesh):
         saved = read_adapter(run.checkpoints)
         if saved is not None:
             check_same_policy(saved.config, config, run.root)

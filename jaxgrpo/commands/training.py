@@ -1,4 +1,4 @@
-"""`train`, `eval`, `check` and `study`."""
+"""`train`, `eval` and `study`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ EXIT_INTERRUPTED = 130
 
 
 def run_train(config: Config, console: Console) -> int:
+    from jaxgrpo.processes import joined
     from jaxgrpo.train import train
 
-    result = train(config, console)
+    with joined() as first:
+        console = console if first else Console(quiet=True)
+        result = train(config, console)
     if result.interrupted:
         console.print("stopped and saved; run the same command again to go on")
         return EXIT_INTERRUPTED
@@ -31,29 +34,13 @@ def run_train(config: Config, console: Console) -> int:
 
 
 def run_eval(config: Config, console: Console) -> int:
+    from jaxgrpo.processes import joined
     from jaxgrpo.train import evaluate_run
 
-    result = evaluate_run(config, console)
+    with joined() as first:
+        console = console if first else Console(quiet=True)
+        result = evaluate_run(config, console)
     console.print(f"accuracy {result.describe()}")
-    return 0
-
-
-def run_check(config: Config, console: Console) -> int:
-    import jax
-
-    from jaxgrpo.commands.plan import print_plan
-    from jaxgrpo.session import open_session
-
-    session = open_session(config, console)
-    print_plan(session.plan, session.model_config, console)
-    model = session.model_config
-    console.print(
-        f"model {session.model_dir}: {model.num_parameters:,} parameters, {model.num_layers} "
-        f"layers, {model.dtype}\n"
-        f"data: {len(session.train_prompts):,} training and {len(session.eval_prompts):,} "
-        f"evaluation prompts\n"
-        f"mesh {dict(session.mesh.shape)} on {jax.devices()[0].device_kind}"
-    )
     return 0
 
 
@@ -102,13 +89,5 @@ STUDY = Command(
     "study configs/study_embedded.yaml --dry-run",
     StudyConfig,
     default=None,
-    dry_run=True,
-)
-CHECK = Command(
-    run_check,
-    "load everything, print model, mesh and realised ranks, and stop",
-    "Reads model, data, plan and rewards as train does and writes nothing. --dry-run\n"
-    "reads even less: the model's config.json, and no weights.",
-    "check lora.rank=4",
     dry_run=True,
 )

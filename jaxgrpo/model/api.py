@@ -14,10 +14,11 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import MODULES
-from jaxgrpo.mesh import on_one_device
+from jaxgrpo.mesh import on_one_device, rollout_bytes, to_rollout_layout
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.kv_cache import LayerCache, cache_slots, init_completion_cache
 from jaxgrpo.model.lora import delta_kernel, device_plan, init_lora, plan_collection
@@ -50,6 +51,7 @@ __all__ = [
     "lora_logical_axes",
     "make_decode_weights",
     "prefill",
+    "resharded_bytes",
 ]
 
 
@@ -209,7 +211,42 @@ def make_decode_weights(
     if on_one_device() and not carried:
         stacked["params"] = join_kernels(stacked["params"])
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_layers))
-    return {**base, "layers": layers}
+    weights = {**base, "layers": layers}
+    if on_one_device():
+        return weights
+    axes = _decode_axes(config, tuple(lora or ()) if carried else ())
+    # The axes stand in for leaves on the left, which is why they come first.
+    return jax.tree.map(lambda names, x: to_rollout_layout(x, names), axes, weights, is_leaf=_axes)
+
+
+def resharded_bytes(config: Qwen2Config, mesh: Mesh) -> int:
+    """What each device receives in `make_decode_weights`, once per iteration (adapters aside)."""
+    shapes = jax.eval_shape(lambda: init_base(config, jax.random.key(0)))
+    size = config.compute_dtype.itemsize
+    moved = jax.tree.map(
+        lambda names, x: rollout_bytes(mesh, x.shape, size, names),
+        base_logical_axes(config),
+        shapes,
+        is_leaf=_axes,
+    )
+    return sum(jax.tree.leaves(moved))
+
+
+def _decode_axes(config: Qwen2Config, carried: tuple[str, ...]) -> Tree:
+    """Logical axes of the sampler's weights with their layers unstacked."""
+    axes = base_logical_axes(config)
+    layer: Tree = {"params": axes["layers"]}
+    if carried:
+        layer |= {
+            "lora": lora_logical_axes(carried),
+            "plan": {m: {"mask": ("layers", "rank"), "scale": ("layers",)} for m in carried},
+        }
+    one = jax.tree.map(lambda names: names[1:], layer, is_leaf=_axes)
+    return {**axes, "layers": (one,) * config.num_layers}
+
+
+def _axes(x: object) -> bool:
+    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
 
 
 def prefill(
@@ -237,39 +274,24 @@ def decode_step(
     cache: tuple[LayerCache, ...],
     tokens: Int[Array, " B"],
     t: Int[Array, ""],
-    group_size: int,
     prompt_of: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
     """Feeds the completion token with index `t` of every row.
 
     Args:
-        group_size: at most so many rows continue a prompt.
-        prompt_of: which prompt a row continues, never less than the row before it; None: row
-            p*G+g continues prompt p.
+        prompt_of: which prompt a row continues; None: row p*G+g continues prompt p.
     """
     lengths = jnp.sum(prompt_mask, axis=1)
-    prompts = jnp.arange(len(lengths) + 1)
     if prompt_of is None:
-        positions, rows_from = jnp.repeat(lengths, group_size) + t, prompts * group_size
+        positions = jnp.repeat(lengths, tokens.shape[0] // len(lengths)) + t
     else:
         positions = lengths[prompt_of] + t
-        rows_from = jnp.sum(prompt_of[None, :] < prompts[:, None], axis=1, dtype=jnp.int32)
     rope = rotary_tables(config, positions)
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     new_cache = []
     for layer, prompt, completion in zip(weights["layers"], prompt_cache, cache, strict=True):
         x, completion = _block(config, layer).apply(  # type: ignore[misc]
-            layer,
-            x,
-            rope,
-            prompt,
-            prompt_mask,
-            prompt_of,
-            rows_from,
-            group_size,
-            completion,
-            t,
-            method="decode",
+            layer, x, rope, prompt, prompt_mask, prompt_of, completion, t, method="decode"
         )
         new_cache.append(completion)
     return _final_norm(config, weights, x), tuple(new_cache)

@@ -35,7 +35,7 @@ from jaxgrpo.study.norms import importance, read_norms
 from jaxgrpo.study.report import write_report
 from jaxgrpo.study.results import collect_results
 from jaxgrpo.study.runs import (
-    arm_config,
+    arm_configs,
     check_same_study,
     has_plan_file,
     is_done,
@@ -63,9 +63,7 @@ def run_study(config: StudyConfig, console: Console) -> dict:
     with study.lock():
         atomic_write_text(study.config, dump_config(config))
         runner = Runner(config, console)
-        runner.profiles()
-        runner.plans()
-        runner.probes()
+        runner.prepare()
         runner.arms()
         results = collect_results(config)
         files = StudyFiles(config.run_dir)
@@ -93,6 +91,12 @@ class Runner:
 
             self._lab = Lab(self.config.plain(), self._console)
         return self._lab
+
+    def prepare(self) -> None:
+        """All that the arms build on."""
+        self.profiles()
+        self.plans()
+        self.probes()
 
     def profiles(self) -> None:
         for objective in self.config.study.profile.objectives:
@@ -136,20 +140,25 @@ class Runner:
 
     def arms(self) -> None:
         arms = list_arms(self.config)
-        configs = [arm_config(self.config, arm, first=arm == arms[0]) for arm in arms]
-        self.check_budgets(arms, configs)
-        for number, (arm, config) in enumerate(zip(arms, configs, strict=True), start=1):
-            if is_done(config):
-                continue
-            title = f"arm {number} of {len(arms)}: {arm.name}"
-            if arm.plan in DYNAMIC:
-                from jaxgrpo.study.dynamic import make_replan
+        self.check_budgets(arms, arm_configs(self.config))
+        for number in range(len(arms)):
+            self.arm(number)
 
-                replan = make_replan(self.config, arm, config, self.shapes())
-                sensitivity = arm.plan == "adalora"
-                self.lab.run(title, config, replan=replan, track_sensitivity=sensitivity)
-            else:
-                self.lab.run(title, config)
+    def arm(self, number: int) -> None:
+        """Trains one of `list_arms`, unless it is done."""
+        arms = list_arms(self.config)
+        arm, config = arms[number], arm_configs(self.config)[number]
+        if is_done(config):
+            return
+        title = f"arm {number + 1} of {len(arms)}: {arm.name}"
+        if arm.plan in DYNAMIC:
+            from jaxgrpo.study.dynamic import make_replan
+
+            replan = make_replan(self.config, arm, config, self.shapes())
+            sensitivity = arm.plan == "adalora"
+            self.lab.run(title, config, replan=replan, track_sensitivity=sensitivity)
+        else:
+            self.lab.run(title, config)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """module -> (in, out), as the profile's run recorded them."""

@@ -12,7 +12,7 @@ import yaml
 from jaxgrpo.artifacts import RunDirectory, atomic_write_json
 from jaxgrpo.config import Config, ConfigError, Objective, ScaleRule
 from jaxgrpo.config_files import encode_config
-from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, scaled_lora
+from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, list_arms, scaled_lora
 
 
 def has_plan_file(arm: Arm) -> bool:
@@ -74,6 +74,12 @@ def arm_config(config: StudyConfig, arm: Arm, first: bool) -> Config:
         lora=dataclasses.replace(config.lora, **settings),
         eval=dataclasses.replace(config.eval, before_training=first),
     )
+
+
+def arm_configs(config: StudyConfig) -> list[Config]:
+    """Those of `list_arms`, in its order."""
+    arms = list_arms(config)
+    return [arm_config(config, arm, first=arm == arms[0]) for arm in arms]
 
 
 def is_done(config: Config) -> bool:

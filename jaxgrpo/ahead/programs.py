@@ -1,0 +1,229 @@
+"""The programs of a run, lowered and compiled from shapes alone, for a mesh that need not exist.
+
+They are the very functions that training runs; only their arguments are descriptions. Prompts are
+as long as `data` allows and completions as `rollout` does: the largest programs of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgrpo.ahead.analytic import prompt_slots
+from jaxgrpo.config import Config
+from jaxgrpo.grpo.optimizer import make_optimizer
+from jaxgrpo.grpo.step import init_train_state, make_train_step
+from jaxgrpo.mesh import batch_shards, sharding
+from jaxgrpo.model.api import (
+    Qwen2Config,
+    base_logical_axes,
+    device_plan,
+    init_base,
+    init_lora,
+    lora_logical_axes,
+    make_decode_weights,
+)
+from jaxgrpo.packing import bin_capacity
+from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.rollout.engine import make_generate
+from jaxgrpo.rollout.stop import StopRules
+from jaxgrpo.types import LoraPlan, Packing, TrainBatch, TrainState, Tree
+
+PROGRAMS = ("merge", "rollout", "train")
+"""The sampler's copy of the weights; prompts to completions; one optimizer update."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the programs take, as descriptions with shardings."""
+
+    base: Tree
+    state: TrainState
+    plan: LoraPlan
+    prompt_tokens: Any
+    prompt_mask: Any
+    key: Any
+    batch: TrainBatch
+
+
+def describe_arguments(
+    config: Config, model: Qwen2Config, plan: RankPlan, mesh: Mesh, optimizer: Any
+) -> Arguments:
+    """Shapes and shardings of a run's largest step."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(axes: Tree, tree: Tree) -> Tree:
+        return jax.tree.map(
+            lambda names, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, names)),
+            axes,
+            tree,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+
+    def replicated(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+
+    def rows(shape: tuple[int, ...], dtype: Any) -> Any:
+        names = ("act_batch", *(None,) * (len(shape) - 1))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, names))
+
+    base = jax.eval_shape(lambda: init_base(model, jax.random.key(0)))
+    lora = jax.eval_shape(lambda: init_lora(model, plan, jax.random.key(0)))
+    state = jax.eval_shape(lambda x: init_train_state(x, optimizer), lora)
+    lora_axes = lora_logical_axes(plan.modules)
+
+    def like_lora(path: tuple, x: Any) -> jax.ShapeDtypeStruct:
+        """Adam's moments lie where their adapter does."""
+        names = [getattr(step, "key", None) for step in path[-2:]]
+        axes: Any = lora_axes.get(names[0], {}) if len(names) == 2 else {}
+        where = sharding(mesh, axes[names[1]]) if names[-1] in axes else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    prompts, count = config.grpo.prompts_per_step, config.grpo.rows_per_step
+    prompt, width = prompt_slots(config), config.rollout.max_completion_tokens
+    shapes = describe_packing(config, batch_shards(mesh))
+    packing = None
+    if shapes is not None:
+        kinds = {"shared": jnp.bool_}
+        arrays = {name: rows(shape, kinds.get(name, jnp.int32)) for name, shape in shapes.items()}
+        packing = Packing(**arrays, group_size=config.grpo.group_size)
+    by_token = [rows((count, width), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
+    batch = TrainBatch(
+        tokens=rows((count, prompt + width), jnp.int32),
+        prompt_lengths=rows((count,), jnp.int32),
+        completion_tokens=by_token[0],
+        loss_mask=by_token[1],
+        advantages=rows((count,), jnp.float32),
+        sampler_logprobs=by_token[2],
+        old_logprobs=by_token[2] if config.grpo.num_iterations > 1 else None,
+        ref_logprobs=by_token[2] if config.grpo.kl_coef > 0 else None,
+        packing=packing,
+    )
+    return Arguments(
+        base=place(base_logical_axes(model), base),
+        state=jax.tree_util.tree_map_with_path(like_lora, state),
+        plan=replicated(jax.eval_shape(lambda: device_plan(plan))),
+        prompt_tokens=rows((prompts, prompt), jnp.int32),
+        prompt_mask=rows((prompts, prompt), jnp.bool_),
+        key=replicated(jax.eval_shape(lambda: jax.random.key(0))),
+        batch=batch,
+    )
+
+
+def describe_packing(config: Config, shards: int) -> dict[str, tuple[int, int]] | None:
+    """Shapes of full bins; None where whole groups do not divide over them (`pack_rows`)."""
+    prompts, count = config.grpo.prompts_per_step, config.grpo.rows_per_step
+    prompt, width = prompt_slots(config), config.rollout.max_completion_tokens
+    bins = config.grpo.micro_batches * shards
+    if prompts % bins:
+        return None
+    size, scored = bin_capacity(prompts // bins, config.grpo.group_size, prompt, width)
+    flat, few = (bins, size), (bins, scored)
+    by_row, by_token = (count, prompt + width), (count, width)
+    return {
+        "tokens": flat, "positions": flat, "shared": flat, "source": flat, "rows": by_row,
+        "owned": by_row, "scored": few, "targets": few, "predicts": by_row, "place": few,
+        "slot": by_token,
+    }  # fmt: skip
+
+
+class Lowered:
+    """The programs of one configuration on one mesh, compiled when asked for.
+
+    Attributes:
+        arguments: what they take.
+        sampler: the sampler's weights as `merge` leaves them; None before it is compiled.
+    """
+
+    def __init__(
+        self, config: Config, model: Qwen2Config, plan: RankPlan, mesh: Mesh, remat: str
+    ) -> None:
+        """`remat` is resolved already: devices that are not there do not tell their memory."""
+        optimizer = make_optimizer(config.optim, config.steps * config.grpo.num_iterations)
+        self._config, self._model, self._mesh = config, model, mesh
+        self.arguments = describe_arguments(config, model, plan, mesh, optimizer)
+        self.sampler: Tree | None = None
+        # Made outside the mesh, so that their constants stay on the host.
+        stop = StopRules((model.vocab_size - 1,))
+        self._generate: Any = make_generate(model, config.rollout, stop, config.grpo.group_size)
+        self._train_step: Any = make_train_step(
+            model,
+            config.grpo,
+            config.rollout.temperature,
+            config.rollout.max_completion_tokens,
+            remat,
+            optimizer,
+            objective=config.objective,
+            weight_grad_norms=config.weight_grad_norms,
+        )
+
+    def compile(self, name: str) -> Any:
+        """One of PROGRAMS, compiled for the mesh.
+
+        Raises:
+            jax.errors.JaxRuntimeError: the compiler refuses it, for lack of memory as a rule.
+        """
+        with jax.set_mesh(self._mesh):
+            return {"merge": self._merge, "rollout": self._rollout, "train": self._train}[name]()
+
+    def _merge(self) -> Any:
+        lowered = make_decode_weights.lower(
+            self._model,
+            self.arguments.base,
+            self.arguments.state.lora,
+            self.arguments.plan,
+            self._config.rollout.merge_lora,
+        )
+        compiled = lowered.compile()
+        self.sampler = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            lowered.out_info,
+            compiled.output_shardings,
+        )
+        return compiled
+
+    def _rollout(self) -> Any:
+        if self.sampler is None:
+            self._merge()
+        a = self.arguments
+        return self._generate.lower(self.sampler, a.prompt_tokens, a.prompt_mask, a.key).compile()
+
+    def _train(self) -> Any:
+        a = self.arguments
+        return self._train_step.lower(a.state, a.base, a.plan, a.batch).compile()
+
+    def shared_bytes(self) -> int:
+        """What of the sampler's weights is training's own copy: tables in the same layout."""
+        if self.sampler is None or self._mesh.shape["fsdp"] > 1:
+            return 0
+        return bytes_per_device([x for name, x in self.sampler.items() if name != "layers"])
+
+
+def tokens_per_device(config: Config, mesh: Mesh) -> int:
+    """Tokens of a micro-batch that a device computes on."""
+    packing = describe_packing(config, batch_shards(mesh))
+    if packing is not None:
+        return packing["tokens"][1]
+    rows = config.grpo.rows_per_step // config.grpo.micro_batches // batch_shards(mesh)
+    return rows * (prompt_slots(config) + config.rollout.max_completion_tokens)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """What a tree of described or real arrays takes on each device."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def replace_mesh(config: Config, data: int, fsdp: int, model: int) -> Config:
+    """The same run on a mesh of these sizes."""
+    mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, model=model)
+    return dataclasses.replace(config, mesh=mesh)

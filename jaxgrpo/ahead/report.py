@@ -1,0 +1,89 @@
+"""What a check found, as tables for a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxgrpo.ahead.analytic import rollout_flops, train_flops
+from jaxgrpo.ahead.chips import GIB, Chip
+from jaxgrpo.ahead.estimate import Estimate, Program
+from jaxgrpo.rank_plan import RankPlan
+
+
+def print_estimate(
+    found: Estimate, plan: RankPlan, where: str, chip: Chip | None, console: Console
+) -> None:
+    """Model and mesh, memory by kind, operations and collectives by program, time."""
+    grpo = found.config.grpo
+    console.print(
+        f"{found.model.num_parameters:,} parameters in {found.model.dtype}, {plan.total_rank:,} "
+        f"ranks, {grpo.prompts_per_step} prompts x {grpo.group_size} completions, remat "
+        f"{found.remat}\nmesh {found.mesh} on {where}",
+        highlight=False,
+    )
+    console.print(_memory_table(found))
+    console.print(_program_table(found, plan))
+    for name, program in found.programs.items():
+        for line in collective_lines(program):
+            console.print(f"{name}: {line}", highlight=False)
+    if found.resharded:
+        console.print(
+            f"weights laid out for sampling: each device receives {found.resharded / GIB:.2f} GiB "
+            "once per iteration",
+            highlight=False,
+        )
+    if found.step_seconds is not None and chip is not None:
+        talking = sum(p.communication or 0.0 for p in found.programs.values())
+        console.print(
+            f"step at best {found.step_seconds:.2f} s, of which collectives {talking:.2f} s: "
+            f"{found.tokens_per_second:,.0f} completion tokens/s "
+            f"({(found.tokens_per_second or 0) / found.devices:,.0f} per chip), by the roofline of "
+            f"{chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of memory and "
+            f"{chip.link_bandwidth / 1e9:.0f} GB/s of links; every completion runs to the cap; "
+            "rewards and the host are not in it",
+            highlight=False,
+        )
+
+
+def _memory_table(found: Estimate) -> Table:
+    table = Table(title="memory per device", title_justify="left", box=None, pad_edge=False)
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    for kind, size in found.memory.items():
+        table.add_row(kind, f"{size / GIB:.3f}")
+    for name, size in found.phases.items():
+        table.add_row(f"all while {name} runs", f"{size / GIB:.3f}")
+    if found.limit is not None:
+        table.add_row("there is", f"{found.limit / GIB:.3f}")
+    return table
+
+
+def _program_table(found: Estimate, plan: RankPlan) -> Table:
+    table = Table(title="per device and run", title_justify="left", box=None, pad_edge=False)
+    for heading in ("program", "TFLOP", "by formula", "GB of memory", "s at best", "collectives s"):
+        table.add_column(heading, justify="left" if heading == "program" else "right")
+    formulas = {
+        "rollout": rollout_flops(found.config, found.model),
+        "train": train_flops(found.config, found.model, plan, found.remat),
+    }
+    for name, program in found.programs.items():
+        formula = formulas.get(name)
+        table.add_row(
+            name,
+            f"{program.counts.flops / 1e12:.3f}",
+            "" if formula is None else f"{formula / found.devices / 1e12:.3f}",
+            f"{program.counts.bytes / 1e9:.1f}",
+            "" if program.seconds is None else f"{program.seconds:.3f}",
+            "" if program.communication is None else f"{program.communication:.3f}",
+        )
+    return table
+
+
+def collective_lines(program: Program) -> list[str]:
+    """One line per kind and group size."""
+    return [
+        f"{found.count:,.0f} {kind} over {size} devices, {found.bytes / 1e9:.3f} GB"
+        for (kind, size), found in sorted(program.counts.collectives.items())
+        if size > 1
+    ]

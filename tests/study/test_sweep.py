@@ -1,0 +1,140 @@
+"""Sweeps: what is refused, what a study per model comes to, and arms on a local Ray cluster."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxgrpo.artifacts import read_jsonl
+from jaxgrpo.config import ConfigError
+from jaxgrpo.config_files import load_config
+from jaxgrpo.study.config import list_arms
+from jaxgrpo.study.sweep import SweepConfig, run_sweep
+from tests.processes import environment
+
+SMALL = [
+    "data.max_prompt_tokens=56",
+    "data.prompt_bucket_tokens=56",
+    "grpo.prompts_per_step=4",
+    "grpo.group_size=4",
+    "rollout.max_completion_tokens=16",
+    "lora.rank=4",
+    "steps=30",
+    "checkpoint_every_steps=5",
+    "log_completions_every_steps=0",
+    "eval.problems=16",
+    "eval.batch_prompts=16",
+    "optim.learning_rate=0.01",
+    "study.profile.objectives=[grpo]",
+    "study.profile.steps=4",
+    "study.probe.scale_rules=[]",
+    "study.arms.plans=[uniform,proportional,random]",
+    "study.arms.seeds=[0,1]",
+]
+
+
+def start(run_dir, *words):
+    command = [sys.executable, "-m", "jaxgrpo.run", "sweep", str(run_dir / "sweep.yaml")]
+    run_dir.mkdir()
+    (run_dir / "sweep.yaml").write_text("{}\n")
+    out = (run_dir / "out.txt").open("w")
+    settings = [*SMALL, f"run_dir={run_dir / 'study'}", *words]
+    return subprocess.Popen([*command, *settings], env=environment(1), stdout=out, stderr=out)
+
+
+def numbers(run_dir):
+    """The results without what depends on where and when they were made."""
+    results = json.loads((run_dir / "study" / "results.json").read_text())
+    text = json.dumps({key: results[key] for key in ("arms", "verdict", "profiles")})
+    return json.loads(text.replace(str(run_dir), "RUN"))
+
+
+def test_a_sweep_is_one_study_per_model(tmp_path):
+    settings = [*SMALL, f"run_dir={tmp_path}", "sweep.models=[Qwen/Qwen2.5-0.5B,embedded]"]
+    studies = load_config([], settings, SweepConfig).studies()
+    assert [study.model.path for study in studies] == ["Qwen/Qwen2.5-0.5B", "embedded"]
+    assert [study.run_dir for study in studies] == [
+        str(tmp_path / "Qwen2.5-0.5B"),
+        str(tmp_path / "embedded"),
+    ]
+    assert all(len(list_arms(study)) == 6 for study in studies)
+    (alone,) = load_config([], [f"run_dir={tmp_path}"], SweepConfig).studies()
+    assert alone.run_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep.hosts=0"], "sweep.hosts must be at least 1"),
+        (["sweep.cpus=-1"], "sweep.cpus must be >= 0"),
+        (["sweep.tpu_type=TPU-V6E"], "go together"),
+        (["sweep.models=[a/x,b/x]"], "the same name"),
+        (["sweep.engine=slurm"], "sweep.engine"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config([], words, SweepConfig)
+
+
+def test_without_ray_an_arm_over_hosts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for words, message in (
+        (["sweep.hosts=2"], "needs Ray"),
+        (["sweep.engine=ray"], "Ray is not installed"),
+    ):
+        config = load_config([], [f"run_dir={tmp_path}", *words], SweepConfig)
+        with pytest.raises(ConfigError, match=message):
+            run_sweep(config, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_a_sweep_with_a_killed_worker_equals_the_sequential_one(tmp_path):
+    pytest.importorskip("ray")
+    sweep = start(tmp_path / "ray", "sweep.engine=ray")
+    arms = tmp_path / "ray" / "study" / "arms"
+    deadline = time.monotonic() + 500
+    victim = None
+    while victim is None:
+        assert sweep.poll() is None, (tmp_path / "ray" / "out.txt").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+        for arm in arms.glob("*"):
+            log, saved = arm / "metrics.jsonl", (arm / "checkpoints" / "10").is_dir()
+            done = (arm / "checkpoints" / "30").is_dir()
+            if saved and not done and log.exists() and len(log.read_text().splitlines()) >= 10:
+                victim = arm
+                break
+    os.kill(int((victim / ".lock").read_text().split()[1]), signal.SIGKILL)
+    assert sweep.wait(600) == 0, (tmp_path / "ray" / "out.txt").read_text()
+    said = (tmp_path / "ray" / "out.txt").read_text()
+    assert "its worker was lost; starting it again" in said
+    assert "resuming" in (tmp_path / "ray" / "study" / "logs" / f"{victim.name}.txt").read_text()
+    steps = [r["step"] for r in read_jsonl(victim / "metrics.jsonl") if "loss" in r]
+    assert steps == list(range(1, 31))
+    sequential = start(tmp_path / "alone", "sweep.engine=sequential")
+    assert sequential.wait(600) == 0, (tmp_path / "alone" / "out.txt").read_text()
+    assert numbers(tmp_path / "ray") == numbers(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_an_arm_over_two_workers_has_the_losses_of_one_process(tmp_path):
+    pytest.importorskip("ray")
+    few = ["study.arms.plans=[uniform]", "study.arms.seeds=[0]", "steps=4"]
+    for name, words in (("two", ["sweep.engine=ray", "sweep.hosts=2"]), ("one", [])):
+        words = [*few, *words, *(["sweep.engine=sequential"] if name == "one" else [])]
+        process = start(tmp_path / name, *words)
+        assert process.wait(600) == 0, (tmp_path / name / "out.txt").read_text()
+    arm = "study/arms/uniform-r4-s0/metrics.jsonl"
+    losses = [
+        [r["loss"] for r in read_jsonl(tmp_path / name / arm) if "loss" in r]
+        for name in ("two", "one")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6)
+    assert len(losses[0]) == 4

@@ -1,0 +1,186 @@
+"""Ahead of time: counts of compiled programs, topologies, what fits, and the slices in tpu/."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxgrpo.ahead.analytic import rollout_flops, train_flops
+from jaxgrpo.ahead.chips import CHIPS, Topology, parse_topology, slice_shapes
+from jaxgrpo.ahead.devices import shapes_of
+from jaxgrpo.ahead.estimate import estimate, needed_bytes
+from jaxgrpo.ahead.hlo import count
+from jaxgrpo.ahead.suggest import candidates, describe
+from jaxgrpo.config import ConfigError, MeshConfig
+from jaxgrpo.config_files import load_config
+from jaxgrpo.mesh import make_mesh, sharding
+from jaxgrpo.run import EMBEDDED_CONFIG, main
+from tests.test_layout import ROOT
+
+SLICES = sorted((ROOT / "tpu").glob("v*.yaml"))
+IN_CI = ("v5e-8_0.5b", "v5e-16_1.5b")
+
+
+def topology_of(path: Path) -> str:
+    return re.search(r"--topology (\S+)", path.read_text())[1]  # type: ignore[index]
+
+
+def test_loops_count_as_often_as_they_run():
+    def program(x, ws):
+        def layer(x, w):
+            y, _ = jax.lax.scan(lambda y, _: (jnp.tanh(y @ w), None), x, length=3)
+            return y, None
+
+        return jax.lax.scan(layer, x, ws)[0]
+
+    x, ws = jnp.ones((16, 32)), jnp.ones((5, 32, 32))
+    counts = count(jax.jit(program).lower(x, ws).compile().as_text())
+    assert counts.flops == 5 * 3 * 2 * 16 * 32 * 32
+    assert counts.unbounded_loops == 0 and not counts.collectives
+    # Every product reads a matrix and a vector and writes one; what else is moved is small here.
+    least = 5 * 3 * 4 * (32 * 32 + 2 * 16 * 32)
+    assert least <= counts.bytes < 4 * least
+
+
+def test_a_loop_that_may_end_early_counts_as_if_it_did_not():
+    def program(x):
+        def unfinished(carry):
+            return (carry[0] < 11) & (jnp.sum(carry[1]) < 1e9)
+
+        return jax.lax.while_loop(unfinished, lambda c: (c[0] + 1, c[1] @ c[1]), (0, x))
+
+    counts = count(jax.jit(program).lower(jnp.ones((8, 8))).compile().as_text())
+    assert counts.flops == 11 * 2 * 8**3
+
+
+def test_collectives_are_counted_by_kind_group_and_size():
+    mesh = make_mesh(MeshConfig(4, 1, 2))
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=sharding(mesh, ("act_batch", "mlp")))
+    w = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=sharding(mesh, ("mlp", "embed")))
+    out = sharding(mesh, ("act_batch", None))
+    compiled = jax.jit(lambda x, w: x @ w, out_shardings=out).lower(x, w).compile()
+    counts = count(compiled.as_text(), 8)
+    assert counts.flops == 2 * 2 * 8 * 32  # a quarter of the rows, half of what is summed over
+    (((kind, size), found),) = counts.collectives.items()
+    assert (kind, size, found.count, found.bytes) == ("all-reduce", 2, 1, 2 * 32 * 4)
+
+
+def test_the_compilers_own_complaint_is_read():
+    tail = "exceeds available HBM (15.75G). HLO module: jit_train_step."
+    assert needed_bytes(f"the total memory required for HLO temporaries (20.5G) {tail}") == int(
+        20.5 * 2**30
+    )
+    assert needed_bytes("Ran out of memory. Used 16.5G of 15.75G hbm.") == int(16.5 * 2**30)
+    assert needed_bytes("something else") is None
+
+
+def test_topologies():
+    assert parse_topology("v5e:4x4") == Topology(CHIPS["v5e"], (4, 4))
+    assert parse_topology("v5p:2x2x4").chips == 16
+    assert [parse_topology(t).hosts for t in ("v5e:2x4", "v5e:4x4", "v5p:2x2x1")] == [1, 4, 1]
+    for chip in CHIPS.values():
+        for shape in slice_shapes(chip):
+            assert str(parse_topology(str(Topology(chip, shape)))).startswith(chip.name)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--topology", "v5e:3x5"], "there is no such slice; v5e:4x4 is one"),
+        (["--topology", "v7x:4x4"], "unknown chip 'v7x'"),
+        (["--topology", "v5e:2x2x1"], "v5e slices have 2 dimensions"),
+        (["--topology", "16"], "is not written as CHIP:AxB"),
+        (["--topology"], "--topology needs a value"),
+        (["--devices", "0"], "no number from 1 to 4096"),
+        (["--devices=8", "--topology=v5e:4x4"], "give one of them"),
+        (["--devices", "8", "mesh.data=3"], "needs 3 devices, there are 8"),
+        (["--devices", "8", "mesh.fsdp=8", "grpo.prompts_per_step=4"], "does not divide over"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(words, message, capsys):
+    assert main(["check", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_compiled_operations_agree_with_the_formulas_on_a_simulated_mesh(capsys):
+    small = ["rollout.max_completion_tokens=16", "grpo.micro_batches=2", "eval.batch_prompts=16"]
+    assert main(["check", "--devices", "8", "mesh.fsdp=2", "mesh.model=2", *small]) == 0
+    text = capsys.readouterr().out
+    assert "weights laid out for sampling: each device receives" in text
+    assert re.search(r"train: [0-9,]+ all-reduce over", text)
+    for name in ("rollout", "train"):
+        counted, formula = map(float, re.search(rf"{name} +([0-9.]+) +([0-9.]+)", text).groups())  # type: ignore[union-attr]
+        assert counted == pytest.approx(formula, abs=0.002)
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_operations_agree_within_five_percent(remat):
+    settings = ["rollout.max_completion_tokens=32", "grpo.micro_batches=2", f"model.remat={remat}"]
+    config = load_config([EMBEDDED_CONFIG], settings)
+    model, plan = shapes_of(config, None)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    found = estimate(config, model, plan, mesh, None)
+    formulas = {
+        "rollout": rollout_flops(config, model),
+        "train": train_flops(config, model, plan, found.remat),
+    }
+    for name, formula in formulas.items():
+        assert found.programs[name].counts.flops == pytest.approx(formula, rel=0.05), name
+
+
+def test_what_does_not_fit_is_offered_the_least_change_first():
+    path = ROOT / "tpu" / "v5e-64_7b.yaml"
+    topology = parse_topology("v5e:8x8")
+    words = ["mesh.data=64", "mesh.fsdp=1", "mesh.model=1"]
+    config = load_config([path], words)
+    model, plan = shapes_of(config, topology)
+    offered = list(candidates(config, model, plan, topology))
+    assert offered, "7B must fit on 64 chips in some way"
+    first, where = offered[0]
+    assert where == topology
+    assert first.grpo.prompts_per_step == config.grpo.prompts_per_step
+    said = describe(config, first, topology, where)
+    changed = load_config([path], [*words, *said])
+    assert changed == first
+    with pytest.raises(ConfigError):
+        parse_topology("v5e:")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[] if p.stem in IN_CI else pytest.mark.slow, id=p.stem) for p in SLICES],
+)
+def test_every_slice_configuration_fits_its_slice(path, capsys):
+    pytest.importorskip("libtpu")
+    assert main(["check", str(path), "--topology", topology_of(path)]) == 0
+    text = capsys.readouterr().out
+    assert "completion tokens/s" in " ".join(text.split())
+    for name in ("rollout", "train"):
+        counted, formula = map(float, re.search(rf"{name} +([0-9.]+) +([0-9.]+)", text).groups())  # type: ignore[union-attr]
+        assert counted == pytest.approx(formula, rel=0.05), name
+
+
+@pytest.mark.slow
+def test_a_suggestion_fits_when_it_is_taken(capsys):
+    pytest.importorskip("libtpu")
+    path = str(ROOT / "tpu" / "v5e-8_0.5b.yaml")
+    large = ["grpo.micro_batches=1", "grpo.prompts_per_step=128", "--topology", "v5e:2x4"]
+    assert main(["check", path, *large]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"does not fit: [0-9.]+ GiB short per chip", text)
+    words = re.search(r"GiB per chip: (.*)$", text)[1].split()  # type: ignore[index]
+    assert main(["check", path, *large, *words]) == 0
+
+
+def test_slices_cover_chips_and_sizes():
+    names = {path.stem.split("_")[0] for path in SLICES}
+    assert names == {"v5e-8", "v5e-16", "v5e-64", "v5p-8", "v5p-32", "v6e-8", "v6e-64"}
+    assert {path.stem.split("_")[1] for path in SLICES} == {"0.5b", "1.5b", "3b", "7b"}
+    for path in SLICES:
+        config = load_config([path])
+        topology = parse_topology(topology_of(path))
+        mesh = config.mesh
+        assert mesh.data * mesh.fsdp * mesh.model == topology.chips, path
