@@ -96,9 +96,9 @@ def estimate(
     """Compiles the programs of a run for a mesh and adds up what they say.
 
     Args:
-        chip: what the mesh's devices are; None: whatever is here, without limit and roofline.
+        chip: what the mesh's devices are; None: whatever is here, without a roofline.
     """
-    limit = None if chip is None else chip.hbm_bytes
+    limit = local_memory(mesh) if chip is None else chip.hbm_bytes
     remat = resolve_remat(config, model, mesh, limit)
     lowered = Lowered(config, model, plan, mesh, remat)
     programs: dict[str, Program] = {}
@@ -130,6 +130,12 @@ def estimate(
         limit=limit,
         resharded=resharded_bytes(model, mesh),
     )
+
+
+def local_memory(mesh: Mesh) -> int | None:
+    """What a device of this machine lets a program use, if it says so."""
+    stats = mesh.devices.flat[0].memory_stats()
+    return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
 
 
 def resolve_remat(config: Config, model: Qwen2Config, mesh: Mesh, limit: int | None) -> str:
