@@ -173,9 +173,12 @@ def communication_seconds(counts: Counts, chip: Chip) -> float:
         if size == 1:
             continue
         rounds = 2 if kind == "all-reduce" else 1
-        share = 1.0 if kind == "collective-permute" else (size - 1) / size
+        # A permutation sends to neighbours; a ring passes everything half way round, both ways.
+        share, hops = (size - 1) / size, size / 2
+        if kind == "collective-permute":
+            share, hops = 1.0, 1.0
         total += rounds * share * found.bytes / chip.link_bandwidth
-        total += found.count * rounds * (size / 2) * LINK_SECONDS
+        total += found.count * rounds * hops * LINK_SECONDS
     return total
 
 
