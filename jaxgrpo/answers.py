@@ -171,6 +171,7 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _EXPLICIT = re.compile(
     r"#{4,}(?:[ *]{0,3}(?:final )?answer[*:]{0,3})?|\\f?boxed\s{0,4}\{|<answer>", re.IGNORECASE
 )
+_BOXED = re.compile(r"\\boxed\s{0,4}\{")
 _ANSWER_CLOSE = re.compile("</answer>", re.IGNORECASE)
 _PROSE = re.compile(
     r"\banswer\b[^\n.!?:=]{0,60}?(?:\b(?:is|was|be|are|equals)\b|[:=])[:*]{0,4}", re.IGNORECASE
@@ -249,6 +250,19 @@ def extract_answer(text: str) -> Fraction | None:
     if final := _LAST_LINE_ANSWER.fullmatch(last_line):
         return parse_number(final[1])
     return parse_number(text) if "\n" not in text.strip() else None
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""The text in the last whole ``\boxed{}`` before the first stop token, if it is not blank.
+
+    At most a few hundred characters, braces matched; ``\fbox{}`` and ``\boxed 5`` are not read.
+    """
+    text = _cut(text)
+    for marker in reversed(list(_BOXED.finditer(text))[-_MAX_MARKERS:]):
+        content = _braced(text, marker.end())
+        if content is not None and content.strip():
+            return content.strip()
+    return None
 
 
 def gold_answer(answer: str) -> Fraction:

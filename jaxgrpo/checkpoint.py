@@ -38,6 +38,7 @@ _FREE = (
     "keep_checkpoints",
     "log_completions_every_steps",
     "reward_timeout_s",
+    "wandb_project",
 )
 _FREE_SECTIONS = ("eval", "mesh")
 

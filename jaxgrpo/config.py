@@ -265,6 +265,9 @@ class OptimConfig:
 class EvalConfig:
     """Held-out accuracy."""
 
+    reward: str = "gsm8k_answer"
+    """The reward, by name or as `module:function`, that says which completions are right: those
+    that it gives 1 or more."""
     every_steps: int = 0
     """Also evaluate every so many steps; 0: before the first and after the last step only."""
     problems: int | None = None
@@ -280,6 +283,7 @@ class EvalConfig:
     after_training: bool = True
 
     def __post_init__(self) -> None:
+        _require(bool(self.reward), "eval.reward is empty; name a reward, e.g. gsm8k_answer")
         _require(self.every_steps >= 0, "eval.every_steps must be >= 0")
         _require(self.problems is None or self.problems >= 1, "eval.problems must be at least 1")
         _require(self.batch_prompts >= 1, "eval.batch_prompts must be at least 1")
@@ -325,7 +329,11 @@ class Config:
     checkpoint_every_steps: int = 20
     keep_checkpoints: int = 2
     log_completions_every_steps: int = 10
-    """How often the completions table is printed; every completion is always on disk."""
+    """How often the completions table is printed, and TensorBoard gets heat maps of the norms and
+    some completions; every completion and every norm is always on disk."""
+    wandb_project: str | None = None
+    """Also log to this project of Weights & Biases: needs the extra `wandb`, and a key unless
+    WANDB_MODE=offline."""
     objective: Objective = "grpo"
     """sft: supervised steps on the gold answers, grpo.rows_per_step of them a step."""
     weight_grad_norms: bool = False

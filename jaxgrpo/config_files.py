@@ -234,6 +234,19 @@ def encode_config(config: Config) -> dict[str, Any]:
     return typing.cast(dict, draccus.encode(config))
 
 
+def flat_settings(config: Config) -> dict[str, Any]:
+    """The resolved settings, dotted name -> value; `rewards` is one of them."""
+
+    def flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            section = isinstance(value, Mapping) and name != "rewards"
+            found |= flat(value, f"{prefix}{name}.") if section else {prefix + name: value}
+        return found
+
+    return flat(encode_config(config), "")
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; `load_config` reads it back equal."""
     return yaml.safe_dump(encode_config(config), sort_keys=False)

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxgrpo.answers import gold_answer
 from jaxgrpo.config import EMBEDDED, ConfigError, DataConfig, suggestion
+from jaxgrpo.math_boxed import gold_math_answer
 from jaxgrpo.problems import make_problems
 from jaxgrpo.types import FINISH_LENGTH, FINISH_STOP_TOKEN, PromptBatch, Rollout
 
@@ -63,11 +64,17 @@ def load_problems(config: DataConfig, split: str) -> list[Problem]:
     return problems
 
 
-def check_gold_answers(problems: Sequence[Problem], where: str) -> None:
-    """Raises ConfigError on the first gold answer without a number: nothing could ever match it."""
+_GOLD_READERS = {"gsm8k_answer": gold_answer, "math_boxed": gold_math_answer}
+
+
+def check_gold_answers(problems: Sequence[Problem], where: str, reward: str) -> None:
+    """Raises ConfigError on the first gold answer in which the reward finds nothing to compare
+    with; of a user's own rewards nothing is known."""
+    if reward not in _GOLD_READERS:
+        return
     for problem in problems:
         try:
-            gold_answer(problem.answer)
+            _GOLD_READERS[reward](problem.answer)
         except ValueError as error:
             raise ConfigError(f"{where}: row {problem.index}: {error}") from None
 
@@ -270,7 +277,10 @@ def render_prompt(question: str, tokenizer: Any, config: DataConfig) -> str:
     messages = [{"role": "user", "content": question + config.prompt_suffix}]
     if config.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": config.system_prompt})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise ConfigError(f"the chat template does not render: {error!r}") from None
 
 
 def decode_completions(tokenizer: Any, tokens: Any, lengths: Any) -> list[str]:

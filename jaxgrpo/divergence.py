@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
@@ -54,9 +53,8 @@ class DivergenceGuard:
             if jax.process_index() == 0:
                 self._run.bad_batches.mkdir(exist_ok=True)
                 arrays = {
-                    field.name: np.ascontiguousarray(value)
-                    for field in dataclasses.fields(batch)
-                    if (value := getattr(batch, field.name)) is not None
+                    jax.tree_util.keystr(path, simple=True, separator="."): np.ascontiguousarray(x)
+                    for path, x in jax.tree_util.tree_leaves_with_path(batch)
                 }
                 atomic_write_bytes(path, save(arrays, {"trouble": trouble, "step": str(step)}))
         console.print(

@@ -1,14 +1,15 @@
 """Held-out accuracy: greedy, or sampled with pass@k, over a whole split, with records on disk.
 
-`eval/accuracy` is by our rule (`answers.extract_answer`, exact rationals). lm-evaluation-harness'
-strict and flexible rules are separate metrics, so that numbers compare with published ones.
+`eval/accuracy` is what `eval.reward` says: by default our GSM8K rule (`answers.extract_answer`,
+exact rationals), and then lm-evaluation-harness' strict and flexible rules are separate metrics, so
+that numbers compare with published ones.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import track
 
 from jaxgrpo.answers import (
     extract_answer,
@@ -26,9 +26,11 @@ from jaxgrpo.answers import (
     match_lm_eval_strict,
 )
 from jaxgrpo.artifacts import atomic_write_json, atomic_write_text, read_jsonl
-from jaxgrpo.config import Config
+from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.data import PromptSource, decode_completions
 from jaxgrpo.mesh import Purpose, fold_key, shard_rows, to_host
+from jaxgrpo.progress import Stage
+from jaxgrpo.rewards import RewardFunction, combine_rewards, gsm8k_answer_reward
 from jaxgrpo.rollout.stop import cut_at_stop
 from jaxgrpo.stats import wilson_interval
 from jaxgrpo.types import FINISH_LENGTH, FINISH_REASONS, PromptBatch, Rollout, Tree
@@ -65,6 +67,7 @@ def evaluate(
     weights: Tree,
     prompts: PromptSource,
     tokenizer: Any,
+    reward: RewardFunction,
     config: Config,
     *,
     mesh: Mesh,
@@ -78,25 +81,35 @@ def evaluate(
     Every evaluation of a run draws the same noise for the same problem (its key has no step), so
     that two of them differ by the policy alone.
 
+    Args:
+        reward: what `eval.reward` names.
+
     Raises:
         StoppedError: `stopping` said so between two batches; nothing was written.
+        ConfigError: the reward failed; it names the completion.
     """
     total = min(len(prompts), config.eval.problems or len(prompts))
     count = config.eval.batch_prompts
     records: list[dict] = []
     starts = range(0, total, count)
-    for start in track(
-        starts, "evaluating", console=console, transient=True, disable=not console.is_terminal
-    ):
-        if stopping():
-            raise StoppedError
-        batch, real = prompts.sequential(start, count, total)
-        tokens, mask = shard_rows(mesh, (batch.tokens, batch.mask))
-        key = fold_key(config.seed, start, Purpose.EVAL)
-        rollout = to_host(generate(weights, tokens, mask, key))
-        texts = decode_completions(tokenizer, rollout.tokens, rollout.lengths)
-        texts = [cut_at_stop(text, config.rollout.stop_strings) for text in texts]
-        records += judge(batch, real, texts, rollout, config.eval.samples)
+    tokens_done = 0
+    with Stage("evaluating", total, console) as stage:
+        for start in starts:
+            if stopping():
+                raise StoppedError
+            batch, real = prompts.sequential(start, count, total)
+            tokens, mask = shard_rows(mesh, (batch.tokens, batch.mask))
+            key = fold_key(config.seed, start, Purpose.EVAL)
+            rollout = to_host(generate(weights, tokens, mask, key))
+            texts = decode_completions(tokenizer, rollout.tokens, rollout.lengths)
+            texts = [cut_at_stop(text, config.rollout.stop_strings) for text in texts]
+            if reward is gsm8k_answer_reward:
+                records += judge_gsm8k(batch, real, texts, rollout, config.eval.samples)
+            else:
+                records += judge(batch, real, texts, rollout, reward, config)
+            tokens_done += int(rollout.lengths[: real * config.eval.samples].sum())
+            speed = tokens_done / max(stage.elapsed_s, 1e-9)
+            stage.update(min(start + count, total), f"{speed:,.0f} tok/s")
     result = EvalResult(metrics=eval_metrics(records, config.eval.samples), records=records)
     if jax.process_index() == 0:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -116,10 +129,79 @@ def read_eval(directory: Path, step: int) -> EvalResult | None:
     return EvalResult(metrics=metrics, records=read_jsonl(path.with_suffix(".jsonl")))
 
 
+def score_completions(
+    functions: Mapping[str, RewardFunction],
+    weights: list[float],
+    prompts: PromptBatch,
+    texts: list[str],
+    rollout: Rollout,
+    max_completion_tokens: int,
+    timeout_s: float,
+) -> tuple[list[float], dict[str, list[float | None]]]:
+    """`combine_rewards` of a rollout's completions, as many a prompt as there are.
+
+    Raises:
+        ConfigError: a reward failed; it names the completion.
+    """
+    group = len(texts) // len(prompts.texts)
+    try:
+        return combine_rewards(
+            functions,
+            weights,
+            texts,
+            [answer for answer in prompts.answers for _ in range(group)],
+            timeout_s=timeout_s,
+            prompts=[text for text in prompts.texts for _ in range(group)],
+            completion_lengths=rollout.lengths.tolist(),
+            max_completion_tokens=max_completion_tokens,
+            finish_reasons=[FINISH_REASONS[i] for i in rollout.finish_reasons],
+        )
+    except ValueError as error:
+        raise ConfigError(f"rewards: {error}") from None
+
+
 def judge(
-    batch: PromptBatch, real: int, texts: list[str], rollout: Rollout, samples: int
+    batch: PromptBatch,
+    real: int,
+    texts: list[str],
+    rollout: Rollout,
+    reward: RewardFunction,
+    config: Config,
 ) -> list[dict]:
     """One record per real prompt of the batch; lists in it run over the samples."""
+    samples = config.eval.samples
+    values, _ = score_completions(
+        {config.eval.reward: reward},
+        [1.0],
+        batch,
+        texts,
+        rollout,
+        config.eval_max_completion_tokens,
+        config.reward_timeout_s,
+    )
+    records = []
+    for p in range(real):
+        rows = slice(p * samples, (p + 1) * samples)
+        records.append(
+            {
+                "index": batch.indices[p],
+                "prompt": batch.texts[p],
+                "answer": batch.answers[p],
+                "completions": texts[rows],
+                # No value is not right either, and has no place in JSON.
+                "rewards": [None if math.isnan(value) else value for value in values[rows]],
+                "correct": [value >= 1 for value in values[rows]],
+                "tokens": rollout.lengths[rows].tolist(),
+                "finish_reasons": [FINISH_REASONS[i] for i in rollout.finish_reasons[rows]],
+            }
+        )
+    return records
+
+
+def judge_gsm8k(
+    batch: PromptBatch, real: int, texts: list[str], rollout: Rollout, samples: int
+) -> list[dict]:
+    """`judge` for answers that are numbers: also what was extracted, and lm-eval's verdicts."""
     records = []
     for p in range(real):
         rows = slice(p * samples, (p + 1) * samples)
@@ -156,7 +238,8 @@ def eval_metrics(records: list[dict], samples: int) -> dict[str, float]:
         "eval/problems": float(len(records)),
     }
     for name in ("lm_eval_strict", "lm_eval_flexible"):
-        metrics[f"eval/{name}"] = float(np.mean([record[name] for record in records]))
+        if name in records[0]:
+            metrics[f"eval/{name}"] = float(np.mean([record[name] for record in records]))
     metrics["eval/mean_length"] = float(np.mean([record["tokens"] for record in records]))
     cut = [[r == FINISH_REASONS[FINISH_LENGTH] for r in x["finish_reasons"]] for x in records]
     metrics["eval/clipped_ratio"] = float(np.mean(cut))

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import optax
 
-from jaxgrpo.config import ConfigError
 from jaxgrpo.data import decode_completions, gold_completions, train_rows
+from jaxgrpo.evaluate import score_completions
 from jaxgrpo.grpo.advantages import compute_advantages, reward_metrics
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import make_logprobs, make_train_step
@@ -21,7 +21,6 @@ from jaxgrpo.mesh import Purpose, batch_shards, fold_key, shard_rows, to_host
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.packing import pack_rows
 from jaxgrpo.processes import gather_parts, own_part
-from jaxgrpo.rewards import combine_rewards
 from jaxgrpo.session import Session
 from jaxgrpo.types import (
     FINISH_LENGTH,
@@ -84,26 +83,37 @@ def make_programs(session: Session) -> Programs:
     )
 
 
+Watch = Callable[[str], None]
+"""Called with the name of a phase of a step, `rollout`, `reward` or `train`, when it begins."""
+
+
 def run_step(
-    session: Session, programs: Programs, state: TrainState, step: int
+    session: Session,
+    programs: Programs,
+    state: TrainState,
+    step: int,
+    watch: Watch = lambda phase: None,
 ) -> tuple[TrainState, StepResult]:
     """One batch and its optimizer updates."""
     run = grpo_step if session.config.objective == "grpo" else sft_step
-    return run(session, programs, state, step)
+    return run(session, programs, state, step, watch)
 
 
 def grpo_step(
-    session: Session, programs: Programs, state: TrainState, step: int
+    session: Session, programs: Programs, state: TrainState, step: int, watch: Watch
 ) -> tuple[TrainState, StepResult]:
     """One rollout and its optimizer updates."""
     config = session.config
     clock = Clock()
+    watch("rollout")
     prompts, host = sample_rollout(session, programs, state.lora, step)
     clock.lap("rollout")
+    watch("reward")
     texts = decode_completions(session.tokenizer, host.tokens, host.lengths)
     rewards, by_function = score(session, prompts, texts, host)
     advantages = compute_advantages(rewards, config.grpo.group_size, config.grpo.scale_rewards)
     clock.lap("reward")
+    watch("train")
     batch = make_train_batch(session, programs, state.lora, prompts, host, advantages)
     reports = []
     for _ in range(config.grpo.num_iterations):
@@ -124,12 +134,13 @@ def grpo_step(
 
 
 def sft_step(
-    session: Session, programs: Programs, state: TrainState, step: int
+    session: Session, programs: Programs, state: TrainState, step: int, watch: Watch
 ) -> tuple[TrainState, StepResult]:
     """One supervised update on gold answers: as many rows as a GRPO step has."""
     clock = Clock()
     prompts, gold = gold_rollout(session, step)
     clock.lap("rollout")
+    watch("train")
     ones = np.ones(len(gold.lengths), np.float32)
     batch = make_train_batch(session, programs, state.lora, prompts, gold, ones)
     state, report = programs.train_step(state, session.base, session.device_plan, batch)
@@ -215,20 +226,15 @@ def score(
     # Every process scores some of the groups, and all of them get all rewards.
     mine = own_part(len(prompts.texts))
     rows = slice(mine.start * group, mine.stop * group)
-    try:
-        total, by_function = combine_rewards(
-            session.rewards,
-            list(config.rewards.values()),
-            texts[rows],
-            [answer for answer in prompts.answers[mine] for _ in range(group)],
-            timeout_s=config.reward_timeout_s,
-            prompts=[text for text in prompts.texts[mine] for _ in range(group)],
-            completion_lengths=rollout.lengths[rows].tolist(),
-            max_completion_tokens=config.rollout.max_completion_tokens,
-            finish_reasons=[FINISH_REASONS[i] for i in rollout.finish_reasons[rows]],
-        )
-    except ValueError as error:
-        raise ConfigError(f"rewards: {error}") from None
+    total, by_function = score_completions(
+        session.rewards,
+        list(config.rewards.values()),
+        prompts.part(mine),
+        texts[rows],
+        jax.tree.map(lambda x: x[rows], rollout),
+        config.rollout.max_completion_tokens,
+        config.reward_timeout_s,
+    )
     table = np.full((1 + len(by_function), len(prompts.texts), group), np.nan)
     for row, values in zip(table, (total, *by_function.values()), strict=True):
         row[mine] = np.array([np.nan if v is None else v for v in values]).reshape(-1, group)

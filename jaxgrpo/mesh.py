@@ -160,7 +160,8 @@ def keep_compiled_programs() -> None:
     where; JAX_ENABLE_COMPILATION_CACHE=false switches it off. Not on CPU, where jax's own warning
     holds that a program is tied to the very processor, and where ours compile in seconds.
     """
-    if jax.default_backend() == "cpu" or jax.config.jax_compilation_cache_dir is not None:
+    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if jax.default_backend() == "cpu" or given is not None:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxgrpo", "programs"))

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, layer_grad_norms.jsonl, TensorBoard, and a person's screen.
+"""Where numbers go: metrics.jsonl, layer_grad_norms.jsonl, TensorBoard, wandb, and a table.
 
 Metric names are TRL's, so that dashboards carry over; per-layer norms are
 `grad_norm/<module>/<a|b>/layer_<ii>`. Only the first process writes.
@@ -7,6 +7,7 @@ Metric names are TRL's, so that dashboards carry over; per-layer norms are
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,31 +15,33 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from jaxgrpo.artifacts import RunDirectory, append_jsonl, atomic_write_text, read_jsonl
+from jaxgrpo.heat_map import heat_map
+from jaxgrpo.tracking import WandbTracker
+
+# It would say a line for every number that is none, hundreds a step; the guard says one.
+logging.getLogger("tensorboardX").setLevel(logging.ERROR)
 
 
 class MetricWriter:
     """Writes one record per step; a context manager.
 
+    Args:
+        settings: the run's, dotted name -> value; `wandb_project` among them is where to log too.
+
     Raises:
         OSError: a file could not be written, naming it.
+        ConfigError: wandb does not start.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, settings: Mapping[str, Any] | None = None) -> None:
         self._run = run
+        self._settings = dict(settings or {})
+        self._tracker: WandbTracker | None = None
         self._first = jax.process_index() == 0
         self._board: SummaryWriter | None = None
         self._step = 0
@@ -49,11 +52,15 @@ class MetricWriter:
             self._board = SummaryWriter(
                 str(self._run.tensorboard), purge_step=self._step + 1, flush_secs=5
             )
+            if project := self._settings.get("wandb_project"):
+                self._tracker = WandbTracker(project, self._run.root, self._settings)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._board is not None:
             self._board.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     def rewind(self, step: int) -> None:
         """Drops records after `step`, which a resumed run is going to write again.
@@ -95,15 +102,52 @@ class MetricWriter:
         bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
         record = {"step": step, "time": time.time(), **metrics}
         append_jsonl(self._run.metrics, record | ({"nonfinite": bad} if bad else {}))
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        scalars = dict(metrics)
         if layer_grad_norms is not None:
             append_jsonl(self._run.layer_grad_norms, {"step": step, **layer_grad_norms})
             for module, matrices in layer_grad_norms["l2"].items():
                 for matrix, norms in matrices.items():
                     for layer, norm in enumerate(np.asarray(norms)):
-                        name = f"grad_norm/{module}/{matrix}/layer_{layer:02d}"
-                        self._board.add_scalar(name, float(norm), step)
+                        scalars[f"grad_norm/{module}/{matrix}/layer_{layer:02d}"] = float(norm)
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(step, scalars)
+
+    def write_samples(
+        self, step: int, layer_grad_norms: Mapping, records: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """For a person to look at: a heat map per view of the norms, and some completions."""
+        if not self._first:
+            return
+        assert self._board is not None, "MetricWriter is used outside its context"
+        images = {
+            f"heat_map/{view}": heat_map(norms, f"{title}, step {step}")
+            for view, title in _VIEWS.items()
+            if (norms := layer_grad_norms.get(view))
+        }
+        for name, image in images.items():
+            self._board.add_image(name, image, step, dataformats="HWC")
+        shown = best_and_worst(records, 4)
+        for place, record in enumerate(shown):
+            self._board.add_text(f"completions/{place}", _as_markdown(record), step)
+        if self._tracker is not None:
+            self._tracker.log_samples(step, images, shown)
+
+    def write_result(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The finished run: its settings beside its numbers, for the comparison of runs."""
+        if not self._first:
+            return
+        assert self._board is not None, "MetricWriter is used outside its context"
+        plain = {
+            name: value if isinstance(value, str | bool | int | float) else str(value)
+            for name, value in self._settings.items()
+            if not name.startswith(_NOT_COMPARED)
+        }
+        # Beside the other events: a folder of its own would be a second run.
+        self._board.add_hparams(plain, dict(metrics), name=".", global_step=step)
+        if self._tracker is not None:
+            self._tracker.result(metrics)
 
     def write_completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Every completion of a step, one JSON object a line."""
@@ -122,57 +166,32 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class ProgressBar:
-    """Steps done, reward, tokens per second and time left; plain lines where there is no terminal.
+# TensorBoard's table has room for what is varied; everything is in config.yaml.
+_NOT_COMPARED = ("run_dir", "data.", "eval.", "mesh.", "checkpoint_", "keep_", "log_", "wandb_")
+_VIEWS = {
+    "l2": "gradient norm (L2)",
+    "rank_free": "gradient norm / (scale x sqrt rank)",
+    "weight": "gradient norm of the frozen weight",
+}
 
-    A context manager.
-    """
 
-    def __init__(self, steps: int, start: int, console: Console, every_s: float = 10.0) -> None:
-        self._steps, self._console, self._every_s = steps, console, every_s
-        self._live = console.is_terminal
-        self._last_line = self._began = time.perf_counter()
-        self._start = start
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not self._live,
-        )
-        self._task: TaskID = self._progress.add_task(
-            "training", total=steps, completed=start, numbers=""
-        )
+def best_and_worst(records: Sequence[Mapping[str, Any]], rows: int) -> list[Mapping[str, Any]]:
+    """At most `rows` completions: half of them those with most reward, half those with least."""
+    ordered = sorted(records, key=lambda record: -np.nan_to_num(record["reward"]))
+    half = rows // 2
+    return ordered if len(ordered) <= rows else [*ordered[:half], *ordered[-(rows - half) :]]
 
-    def __enter__(self) -> ProgressBar:
-        self._progress.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Shows the state after step `done`."""
-        name = "reward" if "reward" in metrics else "loss"
-        numbers = (
-            f"{name} {metrics[name]:.3f}  {metrics['throughput/tokens_per_s']:,.0f} tok/s  "
-            f"{metrics['completions/mean_length']:.0f} tok/completion"
-        )
-        self._progress.update(self._task, completed=done, numbers=numbers)
-        now = time.perf_counter()
-        due = now - self._last_line >= self._every_s or done in (self._start + 1, self._steps)
-        if not self._live and due:
-            self._last_line = now
-            left = (now - self._began) / (done - self._start) * (self._steps - done)
-            self._console.print(
-                f"step {done}/{self._steps}  {numbers}  {left:.0f} s left", highlight=False
-            )
-
-    def print(self, renderable: Any) -> None:
-        """Prints above the bar."""
-        self._console.print(renderable)
+def _as_markdown(record: Mapping[str, Any]) -> str:
+    """A completion as TensorBoard shows text: what a model wrote stays in a block of its own."""
+    parts = [
+        f"reward {record['reward']:.2f}, advantage {record['advantage']:+.2f}, "
+        f"{record['tokens']} tokens, {record['finish_reason']}"
+    ]
+    for name in ("prompt", "completion", "answer"):
+        text = _plain(str(record[name]), 4000).plain
+        parts.append(f"{name}\n\n" + "\n".join(f"    {line}" for line in text.split("\n")))
+    return "\n\n".join(parts)
 
 
 def completions_table(step: int, records: Sequence[Mapping[str, Any]], rows: int = 4) -> Table:
@@ -182,10 +201,7 @@ def completions_table(step: int, records: Sequence[Mapping[str, Any]], rows: int
     table.add_column("completion", ratio=5, overflow="fold")
     table.add_column("reward", justify="right")
     table.add_column("advantage", justify="right")
-    ordered = sorted(records, key=lambda record: -np.nan_to_num(record["reward"]))
-    half = rows // 2
-    chosen = ordered if len(ordered) <= rows else [*ordered[:half], *ordered[-(rows - half) :]]
-    for record in chosen:
+    for record in best_and_worst(records, rows):
         # Text of a model is not markup: there "[b]" is a style and ":100:" a picture.
         table.add_row(
             _plain(record["prompt"], -160),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import cast
 
 from jaxgrpo.answers import STOP_MARK, extract_answer, gold_answer
+from jaxgrpo.math_boxed import check_math_verify, math_boxed_reward
 from jaxgrpo.time_limit import TimeLimitExceeded, time_limit
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -92,6 +93,7 @@ def length_reward(
 
 REWARDS: dict[str, RewardFunction] = {
     "gsm8k_answer": gsm8k_answer_reward,
+    "math_boxed": math_boxed_reward,
     "format": format_reward,
     "length": length_reward,
 }
@@ -101,9 +103,11 @@ def load_reward(spec: str) -> RewardFunction:
     """Finds a reward function by its name in `REWARDS` or as ``module:function`` of the user's own.
 
     Raises:
-        ValueError: no such name, module or function, or it cannot be called; one line, for the
-        user.
+        ValueError: no such name, module or function, a package that it needs is missing, or it
+            cannot be called; one line, for the user.
     """
+    if spec == "math_boxed":
+        check_math_verify()
     if ":" not in spec:
         if spec in REWARDS:
             return REWARDS[spec]

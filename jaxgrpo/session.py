@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from jaxgrpo.mesh import (
 from jaxgrpo.model.adapters import StackedAdapter, stack_adapter
 from jaxgrpo.model.api import Qwen2Config, device_plan, init_lora, lora_logical_axes
 from jaxgrpo.model.peft_files import read_peft
+from jaxgrpo.model.safe_files import contained, read_json_object
 from jaxgrpo.model.weights import (
     check_tensor_names,
     load_model,
@@ -37,6 +37,7 @@ from jaxgrpo.rank_plan import RankPlan, make_rank_plan
 from jaxgrpo.rewards import load_reward
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules, end_token_ids, make_stop_rules
+from jaxgrpo.tracking import check_wandb
 from jaxgrpo.types import LoraPlan, Tree
 
 
@@ -50,6 +51,7 @@ class Session:
         adapter: what training starts from, if not from fresh adapters.
         train_prompts, eval_prompts: where prompts come from.
         rewards: name -> function, in the configuration's order.
+        eval_reward: what says which completions are right.
         stop: what ends a completion.
     """
 
@@ -64,13 +66,14 @@ class Session:
     train_prompts: PromptSource
     eval_prompts: PromptSource
     rewards: dict[str, Callable]
+    eval_reward: Callable
     stop: StopRules
     adapter: StackedAdapter | None = None
 
     def with_config(self, config: Config) -> Session:
         """The same model, data and mesh under another configuration: seed, plan, scale rule, steps.
 
-        The sections model, data, rollout, rewards and mesh must be the same.
+        The sections model, data, rollout, rewards and mesh, and eval.reward, must be the same.
         """
         plan, adapter = resolve_plan(config.lora, self.model_config)
         return dataclasses.replace(self, config=config, adapter=adapter).with_plan(plan)
@@ -126,9 +129,9 @@ class OpenModel:
     tokenizer: Any
     stop: StopRules
 
-    def load(self) -> tuple[Qwen2Config, Tree]:
-        """Shapes and weights, sharded."""
-        return load_model(self.model_dir, self.model_config.dtype, self.mesh)
+    def load(self, console: Console | None = None) -> tuple[Qwen2Config, Tree]:
+        """Shapes and weights, sharded; the console shows the progress."""
+        return load_model(self.model_dir, self.model_config.dtype, self.mesh, console)
 
 
 def open_model(config: Config) -> OpenModel:
@@ -155,27 +158,30 @@ def open_model(config: Config) -> OpenModel:
     return OpenModel(mesh, model_dir, model_config, plan, adapter, tokenizer, stop)
 
 
-def open_session(config: Config) -> Session:
-    """Resolves paths, checks every cross-field rule, then loads.
+def open_session(config: Config, console: Console | None = None) -> Session:
+    """Resolves paths, checks every cross-field rule, then loads; the console shows the progress.
 
     Raises:
         ConfigError: anything the user has to mend. Cheap checks come before slow ones, and nothing
             has been written when one fails.
     """
-    rewards = {name: _reward(name) for name in config.rewards}
+    rewards = {name: _reward("rewards", name) for name in config.rewards}
+    eval_reward = _reward("eval.reward", config.eval.reward)
+    check_wandb(config.wandb_project)
     model = open_model(config)
     train_problems, eval_problems = (
         load_problems(config.data, split)
         for split in (config.data.train_split, config.data.eval_split)
     )
-    if "gsm8k_answer" in rewards:
-        check_gold_answers(train_problems, config.data.train_split)
-    check_gold_answers(eval_problems, config.data.eval_split)
+    if config.objective == "grpo":
+        for name in rewards:
+            check_gold_answers(train_problems, config.data.train_split, name)
+    check_gold_answers(eval_problems, config.data.eval_split, config.eval.reward)
     train_prompts, eval_prompts = (
         PromptSource(problems, model.tokenizer, config.data)
         for problems in (train_problems, eval_problems)
     )
-    model_config, base = model.load()
+    model_config, base = model.load(console)
     return Session(
         config=config,
         mesh=model.mesh,
@@ -188,6 +194,7 @@ def open_session(config: Config) -> Session:
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         rewards=rewards,
+        eval_reward=eval_reward,
         stop=model.stop,
         adapter=model.adapter,
     )
@@ -262,16 +269,13 @@ def check_vocabulary(tokenizer: Any, model: Qwen2Config) -> None:
         )
 
 
-def _reward(name: str) -> Callable:
+def _reward(setting: str, name: str) -> Callable:
     try:
         return load_reward(name)
     except ValueError as error:
-        raise ConfigError(f"rewards: {error}") from None
+        raise ConfigError(f"{setting}: {error}") from None
 
 
 def _generation_config(directory: Path) -> dict | None:
-    path = directory / "generation_config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from None
+    path = contained(directory, "generation_config.json")
+    return read_json_object(path) if path.is_file() else None

@@ -18,18 +18,19 @@ from rich.console import Console
 from jaxgrpo import __version__
 from jaxgrpo.artifacts import RunDirectory, atomic_write_json, atomic_write_text
 from jaxgrpo.checkpoint import Checkpoints, check_same_policy, numbered, read_adapter
-from jaxgrpo.config import Config
-from jaxgrpo.config_files import dump_config, encode_config
+from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.config_files import dump_config, encode_config, flat_settings
 from jaxgrpo.divergence import DivergenceGuard
 from jaxgrpo.evaluate import EvalResult, StoppedError, evaluate, read_eval
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.iteration import Programs, make_programs, run_step
 from jaxgrpo.mesh import to_host
-from jaxgrpo.metrics import MetricWriter, ProgressBar, completions_table
+from jaxgrpo.metrics import MetricWriter, completions_table
 from jaxgrpo.model.adapters import save_adapter
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.model_card import CardFacts, scores_of, write_card
 from jaxgrpo.processes import any_process, check_agreement, check_shared, first_process
+from jaxgrpo.progress import ProgressBar
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.session import Session, open_session, warn_user
 from jaxgrpo.types import TrainState, Tree
@@ -57,7 +58,7 @@ def train(config: Config, console: Console) -> TrainResult:
     Raises:
         ConfigError: before anything is written, if the configuration cannot run.
     """
-    session = open_session(config)
+    session = open_session(config, console)
     warn_user(config, session, console)
     with jax.set_mesh(session.mesh):
         return train_session(session, make_programs(session), console)
@@ -96,7 +97,7 @@ def train_session(
         check_agreement("checkpoints to go on from", str(start))
         if first_process():
             atomic_write_text(run.config, dump_config(config))
-        writer = MetricWriter(run)
+        writer = MetricWriter(run, flat_settings(config))
         writer.rewind(start)
         with writer, stop_requested() as stopping:
             loop = Loop(session, programs, run, checkpoints, writer, console, replan, stopping)
@@ -145,7 +146,14 @@ class Loop:
             if done > start:
                 self.checkpoints.save(done, state, config, self.session.plan)
             return TrainResult(before or None, None, self.run, metrics, interrupted=True)
+        except ConfigError:
+            # A reward that failed in an evaluation must not cost the steps before it.
+            if done > start:
+                self.checkpoints.save(done, state, config, self.session.plan)
+            raise
         result = TrainResult(before, after, self.run, metrics, interrupted=False)
+        if result.after is not None:
+            self.writer.write_result(done, result.after.metrics)
         if first_process():
             self.write_card(result)
             atomic_write_json(self.run.summary, summary(self.session, result))
@@ -161,7 +169,9 @@ class Loop:
         """One step with what it writes: metrics, completions, a checkpoint when one is due."""
         config, done = self.session.config, step + 1
         try:
-            state, result = run_step(self.session, self.programs, state, step)
+            state, result = run_step(
+                self.session, self.programs, state, step, lambda phase: bar.at(phase, step)
+            )
         except Exception:
             # A reward that raised, say, must not cost the steps since the last checkpoint.
             # Of several processes the others may not be there to save with.
@@ -171,10 +181,12 @@ class Loop:
             raise
         self.writer.write(done, result.metrics, result.layer_grad_norms)
         self.writer.write_completions(done, result.completions)
-        bar.update(done, result.metrics)
+        bar.after(done, result.metrics)
         every = config.log_completions_every_steps
-        if every and result.completions and (done % every == 0 or done == 1):
-            bar.print(completions_table(done, result.completions))
+        if every and (done % every == 0 or done == 1):
+            self.writer.write_samples(done, result.layer_grad_norms, result.completions)
+            if result.completions:
+                bar.print(completions_table(done, result.completions))
         bad = self.guard.check(done, result, self.console)
         if self.replan and (moved := self.replan(done, state, self.session.plan)):
             state, self.session = moved[0], self.session.with_plan(moved[1])
@@ -250,6 +262,7 @@ def run_eval(
         ),
         session.eval_prompts,
         session.tokenizer,
+        session.eval_reward,
         config,
         mesh=session.mesh,
         step=step,
@@ -267,7 +280,7 @@ def evaluate_run(config: Config, console: Console) -> EvalResult:
     Raises:
         ConfigError: the checkpoint belongs to another model or data set.
     """
-    session = open_session(config)
+    session = open_session(config, console)
     run = RunDirectory(Path(config.run_dir)).create()
     check_shared(run.root)
     held = run.lock() if first_process() else nullcontext()

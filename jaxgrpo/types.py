@@ -45,6 +45,16 @@ class PromptBatch:
     answers: list[str]
     indices: list[int]
 
+    def part(self, which: slice) -> PromptBatch:
+        """Some of the prompts."""
+        return PromptBatch(
+            self.tokens[which],
+            self.mask[which],
+            self.texts[which],
+            self.answers[which],
+            self.indices[which],
+        )
+
 
 @_pytree
 @dataclass(frozen=True)

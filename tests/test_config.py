@@ -23,7 +23,7 @@ KEYS = re.findall(
     r"\S+",
     """
 run_dir seed steps checkpoint_every_steps keep_checkpoints log_completions_every_steps rewards
-reward_timeout_s objective weight_grad_norms
+reward_timeout_s objective weight_grad_norms wandb_project
 model.path model.revision model.dtype model.remat
 lora.rank lora.plan lora.adapter lora.max_rank lora.rank_budget lora.alpha lora.scale_rule
 lora.target_modules
@@ -37,7 +37,7 @@ grpo.clip_eps_high grpo.delta grpo.kl_coef grpo.num_iterations grpo.mask_truncat
 grpo.importance_correction grpo.importance_cap grpo.micro_batches grpo.logprob_chunk_tokens
 optim.learning_rate optim.schedule optim.warmup_steps optim.b1 optim.b2 optim.eps
 optim.weight_decay optim.max_grad_norm
-eval.every_steps eval.problems eval.batch_prompts eval.samples eval.temperature
+eval.reward eval.every_steps eval.problems eval.batch_prompts eval.samples eval.temperature
 eval.max_completion_tokens eval.before_training eval.after_training
 mesh.data mesh.fsdp mesh.model
 """,

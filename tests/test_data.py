@@ -66,7 +66,7 @@ def test_embedded_problems_are_generated_and_the_splits_are_disjoint():
     assert (len(train), len(test)) == (50, EMBEDDED_EVAL_PROBLEMS)
     assert [problem.index for problem in train] == list(range(50))
     assert not {problem.question for problem in train} & {problem.question for problem in test}
-    check_gold_answers([*train, *test], "embedded")
+    check_gold_answers([*train, *test], "embedded", "gsm8k_answer")
     with pytest.raises(ConfigError, match="splits train and test, not 'dev'"):
         load_problems(config, "dev")
 
@@ -141,7 +141,7 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 def test_a_gold_answer_without_a_number_is_refused_with_its_row():
     problems = [Problem("a", "#### 1", 0), Problem("b", "#### unknown", 1)]
     with pytest.raises(ConfigError, match=r"^here: row 1: "):
-        check_gold_answers(problems, "here")
+        check_gold_answers(problems, "here", "gsm8k_answer")
 
 
 def test_the_order_follows_from_seed_and_step_alone(tokenizer):
@@ -268,7 +268,7 @@ def test_gsm8k_through_the_tokenizer_of_qwen():
     config = DataConfig(path=str(GSM8K), system_prompt="Reason, then answer.", prompt_suffix="\n!")
     train, test = load_problems(config, "train"), load_problems(config, "test")
     assert (len(train), len(test)) == (7473, 1319)
-    check_gold_answers([*train, *test], "gsm8k")
+    check_gold_answers([*train, *test], "gsm8k", "gsm8k_answer")
     prompts = PromptSource(test, tokenizer, config)
     assert prompts.dropped == 0
     batch, real = prompts.sequential(0, 2, 2)

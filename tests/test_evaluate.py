@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxgrpo.config import EvalConfig, MeshConfig, RolloutConfig
+from jaxgrpo.config import ConfigError, EvalConfig, MeshConfig, RolloutConfig
 from jaxgrpo.config_files import load_config
 from jaxgrpo.data import PromptSource, load_problems, load_tokenizer
-from jaxgrpo.evaluate import EvalResult, eval_metrics, evaluate, judge, pass_at_k
+from jaxgrpo.evaluate import EvalResult, eval_metrics, evaluate, judge, judge_gsm8k, pass_at_k
 from jaxgrpo.mesh import make_mesh
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.model.weights import EMBEDDED_DIR, load_model
+from jaxgrpo.rewards import gsm8k_answer_reward
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import make_stop_rules
 from jaxgrpo.stats import wilson_interval
@@ -34,13 +35,15 @@ def test_pass_at_k_counts_the_draws_that_hold_a_right_one(n):
             assert pass_at_k(n, c, k) == pytest.approx(float(share), abs=1e-12)
 
 
-def judged():
-    """The records of two problems with two completions each; a third one fills the batch."""
-    texts = [
-        *("It is 5.\n#### 5", "So the answer is 5."),
-        *("#### 6", "I do not know."),
-        *("#### 5", "#### 5"),
-    ]
+TEXTS = [
+    *("It is 5.\n#### 5", "So the answer is 5."),
+    *("#### 6", "I do not know."),
+    *("#### 5", "#### 5"),
+]
+
+
+def batch_and_rollout():
+    """Two problems with two completions each; a third one fills the batch."""
     batch = PromptBatch(
         tokens=np.zeros((3, 4), np.int32),
         mask=np.ones((3, 4), bool),
@@ -56,7 +59,37 @@ def judged():
         lengths=np.array([4, 8, 2, 6, 1, 1]),
         finish_reasons=np.array(reasons),
     )
-    return judge(batch, 2, texts, rollout, 2)
+    return batch, rollout
+
+
+def judged():
+    batch, rollout = batch_and_rollout()
+    return judge_gsm8k(batch, 2, TEXTS, rollout, 2)
+
+
+def test_any_reward_can_say_what_is_right():
+    seen = {}
+
+    def reward(completions, answers, **context):
+        seen.update(context, answers=answers)
+        return [1, 0.5, None, 1.5, 0, 0]
+
+    config = load_config([], ["eval.samples=2", "eval.temperature=1", "eval.reward=mine:reward"])
+    batch, rollout = batch_and_rollout()
+    first, second = judge(batch, 2, TEXTS, rollout, reward, config)
+    assert first["correct"] == [True, False] and second["correct"] == [False, True]
+    assert first["rewards"] == [1.0, 0.5] and second["rewards"] == [None, 1.5]
+    assert seen["answers"][:3] == ["... #### 5", "... #### 5", "... #### 5.0"]
+    assert seen["completion_lengths"] == [4, 8, 2, 6, 1, 1] and seen["prompts"][2] == "p1"
+    json.dumps([first, second], allow_nan=False)
+    metrics = eval_metrics([first, second], 2)
+    assert metrics["eval/accuracy"] == 0.5 and "eval/lm_eval_strict" not in metrics
+    with pytest.raises(ConfigError, match=r"'mine:reward' raised .*; completion 0 does: 'It is 5"):
+        judge(batch, 2, TEXTS, rollout, raising, config)
+
+
+def raising(completions, answers, **context):
+    raise RuntimeError("no")
 
 
 def test_each_sample_of_each_real_problem_is_judged():
@@ -134,6 +167,7 @@ def run_eval():
             weights,
             prompts,
             tokenizer,
+            gsm8k_answer_reward,
             config,
             mesh=mesh,
             step=step,

@@ -5,15 +5,22 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import struct
+import time
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxgrpo.artifacts import RunDirectory, read_jsonl
-from jaxgrpo.metrics import MetricWriter, ProgressBar, completions_table
+from jaxgrpo.config import ConfigError
+from jaxgrpo.heat_map import heat_map
+from jaxgrpo.metrics import MetricWriter, completions_table
+from jaxgrpo.progress import ProgressBar, Stage
+from jaxgrpo.tracking import WandbTracker, check_wandb
 
 LAYERS = 4
 STEP = {"reward": 0.5, "throughput/tokens_per_s": 1234.0, "completions/mean_length": 20.0}
@@ -154,7 +161,15 @@ def test_completions_survive_half_characters_and_numbers_that_are_not(run):
 
 
 def completion(text, reward=1.0, advantage=0.5, prompt="1+1?"):
-    return {"prompt": prompt, "completion": text, "reward": reward, "advantage": advantage}
+    return {
+        "prompt": prompt,
+        "completion": text,
+        "answer": "2",
+        "reward": reward,
+        "advantage": advantage,
+        "tokens": 3,
+        "finish_reason": "stop_token",
+    }
 
 
 @pytest.mark.parametrize(
@@ -206,7 +221,7 @@ def test_without_a_terminal_progress_is_plain_lines():
     console = Console(file=file, width=200)
     with ProgressBar(steps=5, start=2, console=console, every_s=1e9) as bar:
         for done in (3, 4, 5):
-            bar.update(done, STEP)
+            bar.after(done, STEP)
         bar.print("note")
     lines = file.getvalue().splitlines()
     # The first step of this process, the last of the run, and no more than asked for between.
@@ -222,7 +237,7 @@ def test_plain_lines_come_as_often_as_asked():
     file = io.StringIO()
     with ProgressBar(4, 0, Console(file=file, width=200), every_s=0.0) as bar:
         for done in range(1, 5):
-            bar.update(done, STEP)
+            bar.after(done, STEP)
     assert file.getvalue().count("step ") == 4
 
 
@@ -230,6 +245,133 @@ def test_on_a_terminal_there_is_a_bar():
     file = io.StringIO()
     console = Console(file=file, width=120, force_terminal=True)
     with ProgressBar(steps=4, start=1, console=console) as bar:
-        bar.update(2, STEP)
+        bar.after(2, STEP)
     assert "training" in file.getvalue() and "2/4" in file.getvalue()
     assert "step 2/4" not in file.getvalue()
+
+
+def board_events(run):
+    """(tag, step) -> the summary value, and tags of hyper-parameters."""
+    found = {}
+    for path in sorted(run.tensorboard.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += 12 + length + 4
+            found |= {(value.tag, event.step): value for value in event.summary.value}
+    return found
+
+
+def test_a_person_sees_heat_maps_texts_and_settings(run):
+    settings = {"seed": 3, "rewards": {"gsm8k_answer": 1.0}, "lora.plan": None, "run_dir": "x"}
+    with MetricWriter(run, settings) as writer:
+        records = [completion(f"<b>{i}</b> # x", float(i)) for i in range(9)]
+        writer.write_samples(20, norms() | {"weight": {}}, records)
+        writer.write_result(40, {"eval/accuracy": 0.5})
+    assert all(path.is_file() for path in run.tensorboard.iterdir())
+    found = board_events(run)
+    picture = Image.open(io.BytesIO(found["heat_map/l2", 20].image.encoded_image_string))
+    assert picture.width > 300 and len(picture.getcolors(10**6)) > LAYERS
+    assert ("heat_map/rank_free", 20) in found and ("heat_map/weight", 20) not in found
+    texts = [tag for tag, _ in found if tag.startswith("completions/")]
+    assert len(texts) == 4  # the two best and the two worst
+    (text,) = found["completions/0/text_summary", 20].tensor.string_val
+    # In a block of code, so that neither markup nor markdown of a model is obeyed.
+    assert "\n    <b>8</b> # x" in text.decode()
+    start = found["_hparams_/session_start_info", 0].metadata.plugin_data.content
+    assert b"seed" in start and b"gsm8k_answer" in start and b"lora.plan" in start
+    assert b"run_dir" not in start
+    assert found["eval/accuracy", 40].simple_value == 0.5
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_a_heat_map_of_what_is_no_number_is_white(bad):
+    good = heat_map({"q_proj": {"a": [1.0, 2.0, 3.0]}}, "t")
+    some = heat_map({"q_proj": {"a": [1.0, bad, 3.0]}}, "t")
+    none = heat_map({"q_proj": {"a": [bad] * 3}}, "t")
+    assert good.shape == some.shape and good.dtype == np.uint8
+    white = [int((picture == 255).all(-1).sum()) for picture in (good, some, none)]
+    assert white[0] < white[1] < white[2]
+
+
+def test_a_stage_is_a_bar_on_a_terminal_and_lines_elsewhere():
+    for terminal in (True, False):
+        file = io.StringIO()
+        console = Console(file=file, width=120, force_terminal=terminal)
+        with Stage("loading", 4, console, every_s=0.0) as stage:
+            for done in range(1, 5):
+                stage.update(done, "9 tok/s")
+        assert ("\x1b" in file.getvalue()) is terminal
+        assert ("loading 3/4  9 tok/s  0 s left\n" in file.getvalue()) is not terminal
+    with Stage("quick", 4, Console(file=(file := io.StringIO()))) as stage:
+        stage.update(4)
+    assert file.getvalue() == ""  # over before a line was due
+
+
+def test_the_bar_says_what_a_step_does_and_what_is_compiled():
+    file = io.StringIO()
+    with ProgressBar(4, 2, Console(file=file, width=120)) as bar:
+        for step in (2, 3):
+            for phase in ("rollout", "reward", "train"):
+                bar.at(phase, step)
+            bar.after(step + 1, STEP)
+    lines = file.getvalue().splitlines()
+    assert [line for line in lines if not line.startswith("step")] == [
+        "compiling the rollout program",
+        "compiling the train program",
+    ]
+    file = io.StringIO()
+    with ProgressBar(4, 0, Console(file=file, width=120, force_terminal=True)) as bar:
+        bar.at("rollout", 1)
+    assert "training: rollout" in file.getvalue()
+
+
+def test_the_bar_fits_eighty_columns():
+    for phase, done in (("rollout", 0), ("train", 1)):
+        file = io.StringIO()
+        with ProgressBar(1000, 0, Console(file=file, width=80, force_terminal=True)) as bar:
+            bar.at(phase, done)
+            if done:
+                bar.after(999, STEP | {"throughput/tokens_per_s": 54321.0})
+        last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()).strip().splitlines()[-1]
+        assert len(last.strip()) <= 80 and "…" not in last, last
+        assert ("reward 0.500  54,321 tok/s" if done else "compiling the rollout") in last
+
+
+def test_wandb_gets_what_tensorboard_gets(run, monkeypatch):
+    """Offline: what it would send lies in run_dir/wandb; a resumed run is the same one."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DISABLED", raising=False)
+    settings = {"wandb_project": "tests", "seed": 3}
+    with MetricWriter(run, settings) as writer:
+        writer.write(1, {"loss": 0.5}, norms())
+        writer.write_samples(1, norms(), [completion("x", 1.0)])
+        writer.write_result(1, {"eval/accuracy": 0.5})
+    (log,) = (run.root / "wandb").glob("offline-run-*/run-*.wandb")
+    name, deadline = (run.root / "wandb_id").read_text(), time.monotonic() + 20
+    # A process of wandb's own writes it.
+    while b"eval/accuracy" not in (data := log.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for part in ("loss", "grad_norm/q_proj/a/layer_03", "heat_map/l2", "eval/accuracy", name):
+        assert part.encode() in data, part
+    with MetricWriter(run, settings) as writer:
+        writer.write(2, {"loss": 0.25})
+    assert (run.root / "wandb_id").read_text() == name
+
+
+def test_wandb_that_is_not_installed_or_does_not_start_is_one_line(run, monkeypatch):
+    check_wandb(None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'jaxgrpo\[wandb\]'"):
+        check_wandb("tests")
+    monkeypatch.undo()
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key\nconfigured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match=r"does not start \(No API key configured\.\)"):
+        WandbTracker("tests", run.root, {})

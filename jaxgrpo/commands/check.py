@@ -66,7 +66,7 @@ def load_all(config: Config, console: Console) -> int:
     from jaxgrpo.commands.plan import print_plan
     from jaxgrpo.session import open_session
 
-    session = open_session(config)
+    session = open_session(config, console)
     print_plan(session.plan, session.model_config, console)
     model = session.model_config
     console.print(

@@ -10,7 +10,7 @@ stacked weights inside the decode loop would copy every one of them at every tok
 from __future__ import annotations
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -261,7 +261,7 @@ def prefill(
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     caches = []
     for layer in weights["layers"]:
-        x, cache = _block(config, layer).apply(layer, x, rope, mask, method="with_cache")  # type: ignore[misc]
+        x, cache = _layer(config, "with_cache", layer, x, rope, mask)
         caches.append(cache)
     return _final_norm(config, weights, x[:, -1]), tuple(caches)
 
@@ -274,46 +274,34 @@ def decode_step(
     cache: tuple[LayerCache, ...],
     tokens: Int[Array, " B"],
     t: Int[Array, ""],
-    group_size: int,
     prompt_of: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
     """Feeds the completion token with index `t` of every row.
 
     Args:
-        group_size: at most so many rows continue a prompt.
-        prompt_of: which prompt a row continues, never less than the row before it; None: row
-            p*G+g continues prompt p.
+        prompt_of: which prompt a row continues; None: row p*G+g continues prompt p.
     """
     lengths = jnp.sum(prompt_mask, axis=1)
-    prompts = jnp.arange(len(lengths) + 1)
     if prompt_of is None:
-        positions, rows_from = jnp.repeat(lengths, group_size) + t, prompts * group_size
+        positions = jnp.repeat(lengths, tokens.shape[0] // len(lengths)) + t
     else:
         positions = lengths[prompt_of] + t
-        rows_from = jnp.sum(prompt_of[None, :] < prompts[:, None], axis=1, dtype=jnp.int32)
     rope = rotary_tables(config, positions)
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     new_cache = []
     for layer, prompt, completion in zip(weights["layers"], prompt_cache, cache, strict=True):
-        x, completion = _block(config, layer).apply(  # type: ignore[misc]
-            layer,
-            x,
-            rope,
-            prompt,
-            prompt_mask,
-            prompt_of,
-            rows_from,
-            group_size,
-            completion,
-            t,
-            method="decode",
+        x, completion = _layer(
+            config, "decode", layer, x, rope, prompt, prompt_mask, prompt_of, completion, t
         )
         new_cache.append(completion)
     return _final_norm(config, weights, x), tuple(new_cache)
 
 
-def _block(config: Qwen2Config, layer: Tree) -> Block:
-    return Block(config, joined="qkv" in layer["params"])
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(config: Qwen2Config, method: str, layer: Tree, *args: Any) -> Any:
+    """A method of one layer. Under jit of its own, so that all layers are traced and lowered once:
+    written out, 28 of them would take longer than compiling them."""
+    return Block(config, joined="qkv" in layer["params"]).apply(layer, *args, method=method)
 
 
 def _final_norm(config: Qwen2Config, weights: Tree, x: jax.Array) -> jax.Array:

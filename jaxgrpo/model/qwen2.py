@@ -220,8 +220,6 @@ class Block(nn.Module):
         prompt: LayerCache,
         prompt_mask: Bool[Array, "P S"],
         prompt_of: Int[Array, " B"] | None,
-        rows_from: Int[Array, " P1"],
-        group_size: int,
         completion: LayerCache,
         slot: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], LayerCache]:
@@ -237,8 +235,10 @@ class Block(nn.Module):
             qkv = self._project_joined(self.input_layernorm(x), "q_proj", "k_proj", "v_proj")
             heads = qkv.reshape(len(x), -1, self.config.head_dim)
             start = prompt_mask.shape[1] - jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+            if prompt_of is None:
+                prompt_of = jnp.arange(len(x)) // (len(x) // len(start))
             attended, completion = decode_attention(
-                heads, rope, prompt, start, rows_from, completion, slot, group_size=group_size
+                heads, rope, prompt, start, prompt_of, completion, slot
             )
         return constrain(self._finish(x, attended), "act_batch", "act_embed"), completion
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
 from jaxgrpo.config import EMBEDDED, MODULES, ConfigError
 from jaxgrpo.mesh import sharding
@@ -24,6 +25,7 @@ from jaxgrpo.model.safe_files import (
     read_tensor,
     refuse_pickles,
 )
+from jaxgrpo.progress import Stage
 from jaxgrpo.types import Tree
 
 EMBEDDED_DIR = Path(__file__).resolve().parent.parent / "assets" / "embedded"
@@ -81,8 +83,16 @@ def check_tensor_names(directory: Path, config: Qwen2Config) -> dict[str, Path]:
     return files
 
 
-def load_model(directory: Path, dtype: str, mesh: Mesh | None = None) -> tuple[Qwen2Config, Tree]:
+def load_model(
+    directory: Path,
+    dtype: str,
+    mesh: Mesh | None = None,
+    console: Console | None = None,
+) -> tuple[Qwen2Config, Tree]:
     """Reads config and weights, each leaf sharded over `mesh` as soon as it is complete.
+
+    Args:
+        console: where the progress is shown.
 
     Raises:
         ConfigError: a missing, extra, misshaped or truncated tensor or file, naming it; an index
@@ -90,7 +100,16 @@ def load_model(directory: Path, dtype: str, mesh: Mesh | None = None) -> tuple[Q
     """
     config = read_qwen2_config(directory, dtype)
     files = check_tensor_names(directory, config)
-    return config, _build(config, make_reader(config, files), mesh)
+    read, total, done = make_reader(config, files), len(hf_shapes(config)), 0
+    with Stage("loading", total, console or Console(quiet=True)) as stage:
+
+        def watched(name: str) -> np.ndarray:
+            nonlocal done
+            tensor, done = read(name), done + 1
+            stage.update(done, "tensors")
+            return tensor
+
+        return config, _build(config, watched, mesh)
 
 
 def make_reader(config: Qwen2Config, files: dict[str, Path]) -> Callable[[str], np.ndarray]:

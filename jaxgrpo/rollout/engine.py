@@ -200,7 +200,6 @@ def make_generate(
                     loop.cache,
                     loop.newest,
                     loop.t - 1,
-                    group_size,
                     prompt_of,
                 )
                 return draw(weights, rows, hidden, loop._replace(cache=cache))
@@ -224,9 +223,8 @@ def make_generate(
 
 
 def _shrink(rows: _Rows, loop: _Loop, size: int) -> tuple[_Rows, _Loop]:
-    """The rows not yet done, filled up to `size` with others, and what belongs to them; rows of a
-    prompt stay side by side."""
-    kept = jnp.sort(jnp.argsort(loop.done, stable=True)[:size])
+    """The rows not yet done, filled up to `size` with others, and what belongs to them."""
+    kept = jnp.argsort(loop.done, stable=True)[:size]
 
     def take(x: jax.Array) -> jax.Array:
         return x[kept]

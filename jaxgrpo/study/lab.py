@@ -26,7 +26,7 @@ class Lab:
     @property
     def session(self) -> Session:
         if self._session is None:
-            self._session = open_session(self._config)
+            self._session = open_session(self._config, self._console)
             warn_user(self._config, self._session, self._console)
         return self._session
 

@@ -1,8 +1,6 @@
 """The programs that only a GPU runs, against the plain ones: JAXGRPO_TEST_ACCELERATOR=1
 python -m pytest -m gpu tests/gpu."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -87,16 +85,14 @@ def test_decode_attention_of_bfloat16(slot):
     f32 = jax.tree.map(lambda x: x.astype(jnp.float32), (q, prompt, want_own))
     want = plain_attention(f32[0], f32[1], mask, f32[2], jnp.int32(slot))
     rows = jnp.arange(prompts * group)
-    order = jnp.asarray(np.sort(rng.permutation(prompts * group)[:13]))
-    rows_from = jnp.searchsorted((rows // group)[order], jnp.arange(prompts + 1)).astype(jnp.int32)
-    run = jax.jit(functools.partial(decode_attention, group_size=group))
-    got, cache = run(
+    order = jnp.asarray(rng.permutation(prompts * group))
+    got, cache = jax.jit(decode_attention)(
         qkv[order], (rope[0][order], rope[1][order]), prompt,
-        (slots - lengths).astype(jnp.int32), rows_from,
+        (slots - lengths).astype(jnp.int32), (rows // group)[order],
         jax.tree.map(lambda x: x[order], own), jnp.int32(slot),
     )  # fmt: skip
     chex.assert_trees_all_close(got.astype(jnp.float32), want[order], atol=2e-2, rtol=2e-2)
-    error = jnp.linalg.norm(got.astype(jnp.float32) - want[order]) / jnp.linalg.norm(want[order])
+    error = jnp.linalg.norm(got.astype(jnp.float32) - want[order]) / jnp.linalg.norm(want)
     assert error < 4e-3, error
     # The new key is rounded once more or less, everything else is the same bits.
     want_own = jax.tree.map(lambda x: x[order].astype(jnp.float32), want_own)
