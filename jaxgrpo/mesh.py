@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgrpo.config import ConfigError, MeshConfig
@@ -79,7 +79,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, "
             f"there are {len(devices)}; leave one size at -1 to fit"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # A mesh axis may take a part of a torus' dimension: an 8x8 slice has room for 16x4.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_spec(logical: Sequence[str | None]) -> PartitionSpec:
@@ -158,7 +160,8 @@ def keep_compiled_programs() -> None:
     where; JAX_ENABLE_COMPILATION_CACHE=false switches it off. Not on CPU, where jax's own warning
     holds that a program is tied to the very processor, and where ours compile in seconds.
     """
-    if jax.default_backend() == "cpu" or jax.config.read("jax_compilation_cache_dir") is not None:
+    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if jax.default_backend() == "cpu" or given is not None:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxgrpo", "programs"))

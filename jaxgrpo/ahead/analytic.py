@@ -37,10 +37,13 @@ def train_flops(config: Config, model: Qwen2Config, plan: RankPlan, remat: str) 
     products = 4.0 * layers + (2.0 * (layers - _size(shapes["down_proj"])) if again else 0.0)
     adapters = sum(plan.max_rank * sum(shapes[m]) for m in plan.modules)
     low_rank = 6.0 * adapters + (2.0 * adapters if again else 0.0)
+    if remat == "products":  # the inner values of adapters are not among what is kept
+        low_rank += 2.0 * sum(plan.max_rank * shapes[m][0] for m in plan.modules)
     if config.weight_grad_norms:
         low_rank += 2.0 * sum(_size(shapes[m]) for m in plan.modules)
     attention = 4.0 * rows * (prompt + width) ** 2 * model.num_heads * model.head_dim
-    passes = 4 if again else 3
+    # Forward, two backward; again the whole, or the scores alone.
+    passes = 3 + {"full": 1.0, "products": 0.5}.get(remat, 0.0)
     head = 4.0 * model.vocab_size * model.hidden_size * scored
     per_layer = tokens * (products + low_rank) + passes * attention
     return model.num_layers * per_layer + head

@@ -96,9 +96,9 @@ def estimate(
     """Compiles the programs of a run for a mesh and adds up what they say.
 
     Args:
-        chip: what the mesh's devices are; None: whatever is here, without limit and roofline.
+        chip: what the mesh's devices are; None: whatever is here, without a roofline.
     """
-    limit = None if chip is None else chip.hbm_bytes
+    limit = local_memory(mesh) if chip is None else chip.hbm_bytes
     remat = resolve_remat(config, model, mesh, limit)
     lowered = Lowered(config, model, plan, mesh, remat)
     programs: dict[str, Program] = {}
@@ -130,6 +130,12 @@ def estimate(
         limit=limit,
         resharded=resharded_bytes(model, mesh),
     )
+
+
+def local_memory(mesh: Mesh) -> int | None:
+    """What a device of this machine lets a program use, if it says so."""
+    stats = mesh.devices.flat[0].memory_stats()
+    return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
 
 
 def resolve_remat(config: Config, model: Qwen2Config, mesh: Mesh, limit: int | None) -> str:
@@ -167,9 +173,12 @@ def communication_seconds(counts: Counts, chip: Chip) -> float:
         if size == 1:
             continue
         rounds = 2 if kind == "all-reduce" else 1
-        share = 1.0 if kind == "collective-permute" else (size - 1) / size
+        # A permutation sends to neighbours; a ring passes everything half way round, both ways.
+        share, hops = (size - 1) / size, size / 2
+        if kind == "collective-permute":
+            share, hops = 1.0, 1.0
         total += rounds * share * found.bytes / chip.link_bandwidth
-        total += found.count * rounds * (size / 2) * LINK_SECONDS
+        total += found.count * rounds * hops * LINK_SECONDS
     return total
 
 

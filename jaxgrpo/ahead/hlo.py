@@ -168,7 +168,7 @@ def _walk(module: Module, name: str, times: float, counts: Counts, devices: int)
     instructions = module[name][1]
     for one in instructions.values():
         if one.opcode == "while":
-            trips = _trips(module, one)
+            trips = _trips(module, instructions, one)
             counts.unbounded_loops += trips is None
             _walk(module, _called(one, "body"), times * (trips or 1), counts, devices)
         elif one.opcode == "call" or (one.opcode == "async-start" and "calls=" in one.rest):
@@ -230,22 +230,41 @@ def _called(one: Instruction, key: str) -> str:
     return match[1]
 
 
-def _trips(module: Module, loop: Instruction) -> int | None:
-    """What the compiler knows, or else the number that the loop's counter is compared with; every
-    loop of jax's with a counter starts it at 0."""
+def _trips(module: Module, instructions: dict[str, Instruction], loop: Instruction) -> int | None:
+    """What the compiler knows, or else what the loop's counter is compared with less its start."""
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
     if known is not None:
         return int(known[1])
-    pending, bounds = [_called(loop, "condition")], []
+    pending, inside = [_called(loop, "condition")], []
     while pending:
-        inside = module[pending.pop()][1]
-        pending += re.findall(r"calls=%?([\w.\-]+)", " ".join(x.rest for x in inside.values()))
-        bounds += [
-            int(x.inner)
-            for x in inside.values()
-            if x.opcode == "constant" and x.results[0].dtype == "s32" and x.inner.isdigit()
-        ]
-    return max(bounds) if bounds else None
+        found = list(module[pending.pop()][1].values())
+        pending += re.findall(r"calls=%?([\w.\-]+)", " ".join(one.rest for one in found))
+        inside += found
+    bounds = [value for one in inside if (value := _constant(one)) is not None]
+    # The counter is a whole number that the condition takes out of the carried values.
+    carried = instructions[loop.operands[0]]
+    starts = [
+        _start(instructions, carried, int(re.findall(r"index=(\d+)", one.rest)[0]))
+        for one in inside
+        if one.opcode == "get-tuple-element"
+        and (one.results[0].dtype, one.results[0].dims) == ("s32", ())
+    ]
+    return max(bounds) - max(starts, default=0) if bounds else None
+
+
+def _constant(one: Instruction) -> int | None:
+    whole = one.opcode == "constant" and one.results[0].dtype == "s32" and one.inner.isdigit()
+    return int(one.inner) if whole else None
+
+
+def _start(instructions: dict[str, Instruction], carried: Instruction, index: int) -> int:
+    """The value with which a loop's carried value begins; 0 where it is not written down."""
+    if carried.opcode != "tuple" or carried.operands[index] not in instructions:
+        return 0
+    one = instructions[carried.operands[index]]
+    while one.opcode in ("copy", "bitcast", "convert") and one.operands[0] in instructions:
+        one = instructions[one.operands[0]]
+    return _constant(one) or 0
 
 
 def _dearest(module: Module, one: Instruction, devices: int) -> str:

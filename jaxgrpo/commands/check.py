@@ -115,13 +115,13 @@ def compile_for(settings: CheckSettings, console: Console) -> int:
     print_estimate(found, plan, where, chip, console)
     if not found.shortfall:
         return 0
-    assert topology is not None and chip is not None
     short = ", ".join(sorted(found.short_phases))
     console.print(
-        f"does not fit: {found.shortfall / 2**30:.2f} GiB short per chip ({short}); "
-        "looking for a change that fits",
-        highlight=False,
+        f"does not fit: {found.shortfall / 2**30:.2f} GiB short per chip ({short})", highlight=False
     )
+    if topology is None or chip is None:
+        return EXIT_TOO_LARGE
+    console.print("looking for a change that fits")
     better = suggest(
         config, model, plan, topology, lambda changed, t: examine(changed, slice_devices(t))
     )

@@ -10,7 +10,7 @@ stacked weights inside the decode loop would copy every one of them at every tok
 from __future__ import annotations
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -261,7 +261,7 @@ def prefill(
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     caches = []
     for layer in weights["layers"]:
-        x, cache = _block(config, layer).apply(layer, x, rope, mask, method="with_cache")  # type: ignore[misc]
+        x, cache = _layer(config, "with_cache", layer, x, rope, mask)
         caches.append(cache)
     return _final_norm(config, weights, x[:, -1]), tuple(caches)
 
@@ -290,15 +290,18 @@ def decode_step(
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     new_cache = []
     for layer, prompt, completion in zip(weights["layers"], prompt_cache, cache, strict=True):
-        x, completion = _block(config, layer).apply(  # type: ignore[misc]
-            layer, x, rope, prompt, prompt_mask, prompt_of, completion, t, method="decode"
+        x, completion = _layer(
+            config, "decode", layer, x, rope, prompt, prompt_mask, prompt_of, completion, t
         )
         new_cache.append(completion)
     return _final_norm(config, weights, x), tuple(new_cache)
 
 
-def _block(config: Qwen2Config, layer: Tree) -> Block:
-    return Block(config, joined="qkv" in layer["params"])
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(config: Qwen2Config, method: str, layer: Tree, *args: Any) -> Any:
+    """A method of one layer. Under jit of its own, so that all layers are traced and lowered once:
+    written out, 28 of them would take longer than compiling them."""
+    return Block(config, joined="qkv" in layer["params"]).apply(layer, *args, method=method)
 
 
 def _final_norm(config: Qwen2Config, weights: Tree, x: jax.Array) -> jax.Array:
