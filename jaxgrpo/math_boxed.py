@@ -23,7 +23,9 @@ from pathlib import Path
 from jaxgrpo.answers import boxed_answer
 
 VERIFY_TIMEOUT_S = 3.0
-"""What one comparison may take; those that are not meant to hang take milliseconds."""
+"""Processor time that one comparison may take; one that is not meant to hang takes milliseconds."""
+WAIT_FACTOR = 10
+"""By the clock a comparison may take this much longer: the processor may be somebody else's."""
 START_TIMEOUT_S = 60.0
 MAX_WORKERS = 8
 _WORKER = Path(__file__).with_name("math_worker.py")
@@ -144,7 +146,7 @@ class WorkerPool:
 
     def _start(self) -> None:
         # -P: this script's folder holds a types.py, which would hide the standard library's.
-        command = [sys.executable, "-P", str(_WORKER), str(2 * self._timeout_s)]
+        command = [sys.executable, "-P", str(_WORKER), str(self._timeout_s)]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -158,7 +160,7 @@ class WorkerPool:
         self._selector.register(process.stdout, selectors.EVENT_READ, worker)
 
     def _give(self, worker: _Worker, task: int, pairs: Sequence[tuple[str, str]]) -> None:
-        worker.task, worker.deadline = task, time.monotonic() + self._timeout_s
+        worker.task, worker.deadline = task, time.monotonic() + WAIT_FACTOR * self._timeout_s
         assert worker.process.stdin is not None
         try:
             # Within a pipe's capacity: an answer has a few hundred characters.

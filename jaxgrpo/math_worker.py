@@ -1,8 +1,8 @@
 """A process that compares one pair of mathematical answers after another, for `math_boxed.py`.
 
-Run as a script, with the seconds that one comparison may take: a line of JSON ``[gold, answer]``
-in, a line ``true`` or ``false`` out. It may hang, crash or eat memory; it is killed then, and
-nothing else is harmed. It imports nothing of this package.
+Run as a script, with the processor seconds that one comparison may take: a line of JSON
+``[gold, answer]`` in, a line ``true`` or ``false`` out. It may hang, crash or eat memory; it is
+killed then, and nothing else is harmed. It imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ def main() -> None:
     print("ready", file=out)
     for line in sys.stdin:
         gold, answer = json.loads(line)
-        # Left at its default the alarm kills, also when whoever asked is gone.
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        # Of processor time, so that a busy machine makes no answer wrong. Left at its default the
+        # alarm kills, also when whoever asked is gone.
+        signal.setitimer(signal.ITIMER_PROF, limit_s)
         try:
             same = equal(gold, answer)
         except Exception:  # it is a stranger's text in a stranger's parser: anything is raised
             same = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(same), file=out)
 
 

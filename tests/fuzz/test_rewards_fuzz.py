@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgrpo import answers, rewards
-from jaxgrpo.math_boxed import VERIFY_TIMEOUT_S, gold_math_answer, math_boxed_reward
+from jaxgrpo.math_boxed import VERIFY_TIMEOUT_S, WAIT_FACTOR, gold_math_answer, math_boxed_reward
 from tests.fuzz.amounts import FULL, amount, fuzz
 
 BATCH = 20
@@ -111,5 +111,5 @@ def test_mathematics_ends_in_time():
         judged[1] += sum(value or 0.0 for value in values)
 
     # Without FULL a few seconds' worth.
-    fuzz(run, 10_000 // BATCH if FULL else 25, deadline_s=(VERIFY_TIMEOUT_S + 1) * BATCH)
+    fuzz(run, 10_000 // BATCH if FULL else 25, deadline_s=WAIT_FACTOR * VERIFY_TIMEOUT_S * BATCH)
     assert judged[0] >= BATCH * amount(25)
