@@ -1,6 +1,6 @@
 """A PEFT adapter made and trained with TRL, compressed here to a quarter: what does it cost?
 
-    python scripts/compress_trl_adapter.py OUT [--steps 150] [--parameters 0.25]
+    python scripts/compress_trl_adapter.py OUT [--steps 50] [--parameters 0.25]
 
 TRL's SFTTrainer trains rank-16 LoRA adapters of every projection of the embedded model on worked
 answers; `jaxgrpo compress` cuts them, and `jaxgrpo eval` measures base, trained and compressed
@@ -79,7 +79,7 @@ def accuracy(run_dir: Path, *settings: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--parameters", type=float, default=0.25)
     args = parser.parse_args()
     whole, small = args.out / "trained", args.out / "compressed"
