@@ -36,6 +36,7 @@ from jaxgrpo.iteration import bin_sizes
 from jaxgrpo.mesh import gpu_options, keep_compiled_programs, to_host
 from jaxgrpo.model.api import (
     PRESETS,
+    Qwen2Config,
     device_plan,
     init_base,
     init_lora,
@@ -72,6 +73,21 @@ def environment() -> dict[str, str]:
     return {"device": jax.devices()[0].device_kind} | versions
 
 
+def bench_model(config: BenchConfig) -> Qwen2Config:
+    """The shapes that `bench.preset` and `bench.num_layers` name.
+
+    Raises:
+        ConfigError: an unknown preset.
+    """
+    bench, dtype = config.bench, resolve_dtype(config.model.dtype)
+    if bench.preset == EMBEDDED:
+        model = read_qwen2_config(EMBEDDED_DIR, dtype)
+    else:
+        check_choice(bench.preset, [EMBEDDED, *PRESETS], "bench.preset")
+        model = replace(PRESETS[bench.preset], dtype=dtype)
+    return model if bench.num_layers is None else replace(model, num_layers=bench.num_layers)
+
+
 class Bench:
     """The programs and arrays of one configuration on one device.
 
@@ -82,16 +98,8 @@ class Bench:
     """
 
     def __init__(self, config: BenchConfig) -> None:
-        bench = config.bench
         keep_compiled_programs()
-        dtype = resolve_dtype(config.model.dtype)
-        if bench.preset == EMBEDDED:
-            model = read_qwen2_config(EMBEDDED_DIR, dtype)
-        else:
-            check_choice(bench.preset, [EMBEDDED, *PRESETS], "bench.preset")
-            model = replace(PRESETS[bench.preset], dtype=dtype)
-        if bench.num_layers is not None:
-            model = replace(model, num_layers=bench.num_layers)
+        model = bench_model(config)
         self.config, self.model = config, model
         self.base: Tree = jax.jit(init_base, static_argnums=0)(model, jax.random.key(0))
         plan = make_rank_plan(config.lora, model.num_layers)

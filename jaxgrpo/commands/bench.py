@@ -56,7 +56,7 @@ BENCH = Command(
     "One word says what: rollout (prefill and decoding), train (forward, backward,\n"
     "update) or step (both, and the host's part; the default).\n\n"
     "  bench.preset=qwen2.5-7b bench.num_layers=8 bench.prompt_tokens=128\n"
-    "  bench.lengths=lognormal bench.mean_tokens=200 rollout.max_completion_tokens=512\n"
+    "  bench.lengths=lognormal bench.mean_tokens=99 rollout.max_completion_tokens=512\n"
     "  bench.breakdown=true    also the parts of a step, each by itself\n"
     "  bench.profile=DIR       also what each kernel took (GPU)\n"
     "  bench.out=figures.json\n\n"

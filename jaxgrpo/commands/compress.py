@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -29,11 +29,21 @@ class CompressSettings:
     """Keep the fewest singular values whose squares are this share of all."""
     rank_budget: int | None = None
     """Keep this many singular values."""
+    parameters: float | None = None
+    """Keep as many as fit into this share of the parameters."""
 
     def __post_init__(self) -> None:
         check_places("compress", self.source, self.out)
-        if (self.energy is None) == (self.rank_budget is None):
-            raise ConfigError("compress needs one of energy=SHARE and rank_budget=RANKS")
+        if len(self.amount) != 1:
+            raise ConfigError(
+                "compress needs one of energy=SHARE, rank_budget=RANKS and parameters=SHARE"
+            )
+
+    @property
+    def amount(self) -> dict[str, Any]:
+        """Which criterion is given, and its value."""
+        given = {name: getattr(self, name) for name in ("energy", "rank_budget", "parameters")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def run(settings: CompressSettings, console: Console) -> int:
@@ -50,8 +60,7 @@ def run(settings: CompressSettings, console: Console) -> int:
         {name: module.b.T[None] for name, module in used.items()},
         {name: np.array([module.rank]) for name, module in used.items()},
         {name: np.array([module.scale]) for name, module in used.items()},
-        energy=settings.energy,
-        rank_budget=settings.rank_budget,
+        **settings.amount,
     )
     modules = {}
     for name, module in used.items():
@@ -67,10 +76,8 @@ def run(settings: CompressSettings, console: Console) -> int:
         f"arXiv 2604.27796): {found.energy:.2%} of the energy in {share:.1%} of the parameters "
         f"({small.parameters:,} of {adapter.parameters:,})."
     )
-    amount = (
-        f"energy={settings.energy}" if settings.energy else f"rank_budget={settings.rank_budget}"
-    )
-    command = f"{PROGRAM} compress {settings.source} out={settings.out} {amount}"
+    ((name, value),) = settings.amount.items()
+    command = f"{PROGRAM} compress {settings.source} out={settings.out} {name}={value}"
     facts = CardFacts(
         "peft", adapter.base_model, command, parameters=small.parameters, notes=(note,)
     )
@@ -103,7 +110,8 @@ COMPRESS = Command(
     "Needs no data and no training; the result is a PEFT adapter of other ranks.\n\n"
     "  out=DIRECTORY    where to write it, with a README.md (model card)\n"
     "  energy=0.99      keep the fewest values that hold this share of the energy\n"
-    "  rank_budget=64   or: keep this many values\n\n"
+    "  rank_budget=64   or: keep this many values\n"
+    "  parameters=0.25  or: keep as many as fit into this share of the parameters\n\n"
     "What it costs in accuracy: eval lora.adapter=OUT run_dir=runs/compressed",
     "compress runs/try/adapter out=runs/small energy=0.9",
     config=CompressSettings,

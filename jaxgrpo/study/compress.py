@@ -50,6 +50,7 @@ def compress(
     *,
     energy: float | None = None,
     rank_budget: int | None = None,
+    parameters: float | None = None,
 ) -> Compressed:
     """Keeps the largest singular values of all updates scale * A B, and refactors what is left.
 
@@ -61,15 +62,16 @@ def compress(
         ranks: module -> [L] ranks in use, or [L, R] masks.
         scales: module -> [L].
         energy: keep the fewest values whose squares reach this share of all, in (0, 1].
-        rank_budget: keep this many values (exactly one of the two is given). Ties go to the first
-            module of `a`, then layer.
+        rank_budget: keep this many values. Ties go to the first module of `a`, then layer.
+        parameters: keep as many of the largest values as fit into this share, in (0, 1], of the
+            parameters that the ranks in use have (exactly one of the three is given).
 
     Raises:
-        ConfigError: neither or both criteria, one out of range, modules or shapes that do not
-            agree, or updates that are not finite or all zero.
+        ConfigError: not one criterion, one out of range, modules or shapes that do not agree, or
+            updates that are not finite or all zero.
     """
-    _check(a, b, ranks, scales, energy, rank_budget)
-    factors, strengths = [], []
+    _check(a, b, ranks, scales, energy, rank_budget, parameters)
+    factors, strengths, costs = [], [], []
     for module in a:
         masks = _masks(ranks[module], a[module].shape[2])
         for layer, scale in enumerate(np.asarray(scales[module], np.float64)):
@@ -78,10 +80,11 @@ def compress(
             factors.append(adapter)
             # A negative scale turns the update around; how much of it there is stays the same.
             strengths.append(np.abs(scale) * adapter.values)
+            costs.append(np.full(len(adapter.values), a[module].shape[1] + b[module].shape[2]))
     pooled = np.concatenate(strengths)
     if not (pooled > 0).any():
         raise ConfigError("compress: every update is zero, there is nothing to keep")
-    kept = _cut(pooled, energy, rank_budget)
+    kept = _cut(pooled, np.concatenate(costs), energy, rank_budget, parameters)
     owners = np.repeat(np.arange(len(strengths)), [len(s) for s in strengths])
     counts = np.bincount(owners[kept], minlength=len(strengths))
     new_ranks, new_a, new_b, start = {}, {}, {}, 0
@@ -124,9 +127,23 @@ def _factor(a: np.ndarray, b: np.ndarray) -> _Factors:
     return _Factors(left @ u, values, v @ right.T)
 
 
-def _cut(pooled: np.ndarray, energy: float | None, rank_budget: int | None) -> np.ndarray:
+def _cut(
+    pooled: np.ndarray,
+    costs: np.ndarray,
+    energy: float | None,
+    rank_budget: int | None,
+    parameters: float | None,
+) -> np.ndarray:
     """Indices of the values kept. Values fall within an adapter, so it keeps its first ones."""
     order = np.argsort(-pooled, kind="stable")
+    if parameters is not None:
+        # One threshold for all, as ever: the first value that does not fit ends it.
+        fitting = np.searchsorted(np.cumsum(costs[order]), parameters * costs.sum(), side="right")
+        if fitting == 0:
+            raise ConfigError(
+                f"compress: not one rank fits into {parameters:g} of the {costs.sum():,} parameters"
+            )
+        return order[:fitting]
     if rank_budget is not None:
         if not 1 <= rank_budget <= len(pooled):
             raise ConfigError(
@@ -153,11 +170,13 @@ def _check(
     scales: Mapping[str, np.ndarray],
     energy: float | None,
     rank_budget: int | None,
+    parameters: float | None,
 ) -> None:
-    if (energy is None) == (rank_budget is None):
-        raise ConfigError("compress: give either energy or rank_budget")
-    if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"compress: energy must lie in (0, 1], got {energy}")
+    if [energy, rank_budget, parameters].count(None) != 2:
+        raise ConfigError("compress: give one of energy, rank_budget and parameters")
+    for name, share in (("energy", energy), ("parameters", parameters)):
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"compress: {name} must lie in (0, 1], got {share}")
     if not a:
         raise ConfigError("compress: there is no adapter")
     for name, other in (("b", b), ("ranks", ranks), ("scales", scales)):

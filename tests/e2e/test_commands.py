@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 
@@ -17,40 +16,7 @@ from jaxgrpo.commands.command import PROGRAM, command_help
 from jaxgrpo.model.peft_files import read_peft
 from jaxgrpo.model.weights import EMBEDDED_DIR
 from jaxgrpo.run import COMMANDS, main, usage
-
-SMALL = [
-    "grpo.prompts_per_step=8",
-    "grpo.group_size=4",
-    "grpo.micro_batches=1",
-    "rollout.max_completion_tokens=32",
-    "eval.problems=8",
-    "eval.batch_prompts=8",
-    "optim.learning_rate=0.01",
-    "steps=2",
-]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A working directory in which `train`'s example has run, made small."""
-    path = tmp_path_factory.mktemp("commands")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        assert main([*example("train"), *SMALL]) == 0
-    return path
-
-
-@pytest.fixture
-def here(place, monkeypatch):
-    monkeypatch.chdir(place)
-    return place
-
-
-def example(name):
-    """The words of a command's example."""
-    words = shlex.split(COMMANDS[name].example)
-    assert words[0] == name
-    return words
+from tests.e2e.conftest import SMALL, example
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -113,6 +79,13 @@ def test_export_forms_hold_the_same_adapter(here):
         one = read_peft(here / "runs" / f"as-{form}")
         for name, module in read_peft(here / "runs" / "try" / "adapter").modules.items():
             np.testing.assert_allclose(one.modules[name].delta(), module.delta(), atol=1e-7)
+
+
+def test_compress_to_a_share_of_the_parameters(here, capsys):
+    assert main(["compress", "runs/try/adapter", "out=runs/quarter", "parameters=0.25"]) == 0
+    small, whole = (read_peft(here / "runs" / name) for name in ("quarter", "try/adapter"))
+    assert 0.24 * whole.parameters < small.parameters <= 0.25 * whole.parameters
+    assert "parameters=0.25" in (here / "runs" / "quarter" / "README.md").read_text()
 
 
 def test_compress_says_what_it_keeps_and_peft_reads_it(here, capsys):

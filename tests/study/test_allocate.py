@@ -524,11 +524,36 @@ def test_fold_scales_keeps_the_update_under_a_plan_of_other_scales():
         )
 
 
+def test_a_share_of_the_parameters_is_one_cut_that_fits():
+    rng = np.random.default_rng(0)
+    shapes = {"q_proj": (10, 10), "down_proj": (40, 10)}  # a rank costs 20, or 50
+    a = {m: rng.normal(size=(3, i, 4)) for m, (i, _) in shapes.items()}
+    b = {m: rng.normal(size=(3, 4, o)) for m, (_, o) in shapes.items()}
+    ranks = {m: np.full(3, 4) for m in shapes}
+    scales = {m: np.ones(3) for m in shapes}
+    total, costs = 3 * 4 * (20 + 50), {"q_proj": 20, "down_proj": 50}
+    values = np.sort(
+        np.concatenate(
+            [np.linalg.svd(a[m][i] @ b[m][i], compute_uv=False)[:4] for m in a for i in range(3)]
+        )
+    )[::-1]
+    for share in (0.1, 0.25, 0.5, 1.0):
+        small = compress(a, b, ranks, scales, parameters=share)
+        spent = sum(costs[m] * int(small.ranks[m].sum()) for m in shapes)
+        assert spent <= share * total < spent + 50 or (share == 1.0 and spent == total)
+        # The largest values of all, and none besides.
+        count = sum(int(r.sum()) for r in small.ranks.values())
+        assert small.threshold == pytest.approx(values[count - 1])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "either energy or rank_budget"),
-        ({"energy": 0.5, "rank_budget": 1}, "either energy or rank_budget"),
+        ({}, "one of energy, rank_budget and parameters"),
+        ({"energy": 0.5, "rank_budget": 1}, "one of energy, rank_budget and parameters"),
+        ({"energy": 0.5, "parameters": 0.5}, "one of energy, rank_budget and parameters"),
+        ({"parameters": 1.5}, r"parameters must lie in \(0, 1\]"),
+        ({"parameters": 0.01}, "not one rank fits into 0.01 of the"),
         ({"energy": 0.0}, r"\(0, 1\]"),
         ({"rank_budget": 7}, r"1\.\.6"),
         ({"energy": 0.5, "b": {"q_proj": np.zeros((3, 4, 6))}}, "every update is zero"),
