@@ -50,7 +50,7 @@ def candidates(
         found = []
         for mesh_cost, meshed in _meshes(config, model, where.chips):
             for batch_cost, changed in _batches(meshed):
-                if changed == config and where == topology:
+                if not describe(config, changed, topology, where):
                     continue
                 if not _divides(changed):
                     continue
