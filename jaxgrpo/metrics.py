@@ -18,6 +18,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
 
 from jaxgrpo.artifacts import RunDirectory, append_jsonl, atomic_write_text, read_jsonl
 from jaxgrpo.heat_map import heat_map
@@ -144,8 +145,13 @@ class MetricWriter:
             for name, value in self._settings.items()
             if not name.startswith(_NOT_COMPARED)
         }
-        # Beside the other events: a folder of its own would be a second run.
-        self._board.add_hparams(plain, dict(metrics), name=".", global_step=step)
+        # Into the run's own file: `add_hparams` opens another, a second run to TensorBoard, or
+        # within the same second the same file once more.
+        assert self._board.file_writer is not None
+        for summary in hparams(plain, dict(metrics)):
+            self._board.file_writer.add_summary(summary)
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
         if self._tracker is not None:
             self._tracker.result(metrics)
 

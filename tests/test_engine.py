@@ -1,5 +1,7 @@
 """The sampling loop against the full forward, and its ends."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -30,11 +32,13 @@ PLAN = RankPlan(
 NEVER = StopRules((10**6,))
 
 
+@functools.cache
 def _lora():
     lora = init_lora(CONFIG, PLAN, jax.random.key(1))
     return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape), lora)
 
 
+@functools.cache
 def _base():
     base = init_base(CONFIG, jax.random.key(0))
     return jax.tree.map(lambda x: x + 0.15 * jax.random.normal(jax.random.key(5), x.shape), base)
@@ -63,10 +67,10 @@ def _full_forward(out, temperature):
     for row, length in enumerate(lengths):
         rows[row, :length] = tokens[row // GROUP][mask[row // GROUP]]
         rows[row, length : length + WIDTH] = out.tokens[row]
-    logprobs, _ = completion_logprobs(
-        CONFIG, _base(), _lora(), device_plan(PLAN), jnp.asarray(rows), jnp.asarray(lengths),
-        jnp.asarray(out.tokens), temperature=temperature, chunk_tokens=16, remat="none",
-    )  # fmt: skip
+    score = functools.partial(
+        completion_logprobs, CONFIG, temperature=temperature, chunk_tokens=16, remat="none"
+    )
+    logprobs, _ = jax.jit(score)(_base(), _lora(), device_plan(PLAN), rows, lengths, out.tokens)
     return np.asarray(logprobs)
 
 

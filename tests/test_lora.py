@@ -1,5 +1,7 @@
 """Masked variable-rank LoRA: what masking, merging and the scale rules must mean."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -38,16 +40,25 @@ def _noisy(lora, seed=1):
     return jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
 
 
-def _output(lora, plan):
-    base = init_base(CONFIG, jax.random.key(7))
-    hidden = hidden_states(CONFIG, base, lora, device_plan(plan), jnp.asarray(TOKENS))
+@functools.cache
+def _base():
+    return init_base(CONFIG, jax.random.key(7))
+
+
+@jax.jit
+def _logits(base, lora, plan):
+    hidden = hidden_states(CONFIG, base, lora, plan, jnp.asarray(TOKENS))
     return logits(CONFIG, base, hidden)
+
+
+def _output(lora, plan):
+    return _logits(_base(), lora, device_plan(plan))
 
 
 def test_masked_plan_equals_separate_lora_of_those_ranks():
     """Every layer's masked adapter is the dense LoRA of exactly its rank, merged by hand."""
     plan = _plan()
-    base = init_base(CONFIG, jax.random.key(7))
+    base = _base()
     lora = _noisy(init_lora(CONFIG, plan, jax.random.key(0)))
     merged = dict(base["layers"])
     for module in MODULES:
@@ -59,8 +70,7 @@ def test_masked_plan_equals_separate_lora_of_those_ranks():
                 kernels[layer] += 8.0 / np.sqrt(r) * (a @ b)
         merged[module] = {**merged[module], "kernel": jnp.asarray(kernels, jnp.float32)}
     by_hand = {**base, "layers": merged}
-    hidden = hidden_states(CONFIG, by_hand, None, None, jnp.asarray(TOKENS))
-    want = logits(CONFIG, by_hand, hidden)
+    want = _logits(by_hand, None, None)
     chex.assert_trees_all_close(_output(lora, plan), want, atol=2e-5, rtol=0)
 
 
@@ -86,10 +96,8 @@ def test_initial_values_of_a_rank_do_not_depend_on_max_rank():
 
 def test_fresh_adapter_changes_nothing():
     plan = _plan()
-    base = init_base(CONFIG, jax.random.key(7))
-    hidden = hidden_states(CONFIG, base, None, None, jnp.asarray(TOKENS))
     fresh = _output(init_lora(CONFIG, plan, jax.random.key(0)), plan)
-    chex.assert_trees_all_equal(fresh, logits(CONFIG, base, hidden))
+    chex.assert_trees_all_equal(fresh, _logits(_base(), None, None))
 
 
 def test_masked_entries_get_no_gradient():

@@ -406,8 +406,9 @@ def test_combine_rewards_weighs_and_skips_none():
 
 def test_combine_rewards_hands_the_context_on():
     context = {"prompts": ["p"], "completion_lengths": [95], "max_completion_tokens": 100}
+    functions = {name: rewards.REWARDS[name] for name in ("gsm8k_answer", "format", "length")}
     totals, by_name = rewards.combine_rewards(
-        rewards.REWARDS, [1.0, 0.5, 1.0], ["#### 18"], ["18"], finish_reasons=["stop"], **context
+        functions, [1.0, 0.5, 1.0], ["#### 18"], ["18"], finish_reasons=["stop"], **context
     )
     assert totals == pytest.approx([0.25])
     assert by_name == {"gsm8k_answer": [1.0], "format": [0.0], "length": [-0.75]}

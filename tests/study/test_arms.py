@@ -176,6 +176,7 @@ def test_more_arms_can_be_added_to_a_finished_study(study, tmp_path, capsys):
     assert "arm 13 of 13" in out and "arm 12 of 13" not in out
 
 
+@pytest.mark.slow
 def test_a_killed_study_reaches_the_same_numbers(tmp_path):
     """SIGKILL in a profile, in an arm and between; finished afterwards, against an undisturbed one.
 
