@@ -102,12 +102,13 @@ class Problem:
         return values.sum(0) if combine == "sum" else np.hypot.reduce(values, axis=0)
 
     def by_slot(self, combine: Combine) -> np.ndarray:
-        """Importance of each slot, [n], relative to the largest."""
+        """Importance of each slot, [n], over the power of two above the largest: that
+        division rounds nothing, so different importances stay different."""
         by_layer = self.by_layer(combine)
         values = by_layer if self.budget.granularity == "layer" else self.values.ravel()
         if not values.max() > 0:
             raise ConfigError("allocation: every importance is 0, there is nothing to rank by")
-        return values / values.max()
+        return np.ldexp(values, -np.frexp(values.max())[1])
 
     def by_module(self, ranks: np.ndarray) -> dict[str, np.ndarray]:
         """Ranks of the slots as module -> int array [L]."""

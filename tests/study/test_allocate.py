@@ -200,6 +200,19 @@ def test_proportional(case, combine):
         check_order(case, ranks, 1, combine)
 
 
+def test_neighbouring_numbers_keep_their_order():
+    """Importances one rounding apart, beside one that is far larger."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        one = rng.uniform(1, 1e4)
+        importance = {"k_proj": one, "v_proj": one * 10 ** rng.uniform(3, 15), "o_proj": one}
+        importance["o_proj"] = np.nextafter(one, np.inf)
+        importance = {module: np.array([value]) for module, value in importance.items()}
+        budget = Budget(3, "ranks", 0, None, "module")
+        ranks = allocate("proportional", importance, dict.fromkeys(importance, (2, 2)), budget)
+        assert {m: int(r[0]) for m, r in ranks.items()} == {"k_proj": 0, "v_proj": 2, "o_proj": 1}
+
+
 @EVERY
 @given(cases())
 def test_inverse(case):
