@@ -32,8 +32,9 @@ def norms(scale=1.0):
     return {"l2": view, "rms": view, "rank_free": view}
 
 
-def board_scalars(run):
-    """(name, step) -> value. An event file is of records: length, 4 bytes, payload, 4 bytes."""
+def board_events(run):
+    """(tag, step) -> the summary value. An event file is of records: length, 4 bytes, payload, 4
+    bytes."""
     found = {}
     for path in sorted(run.tensorboard.iterdir()):
         data, at = path.read_bytes(), 0
@@ -41,9 +42,13 @@ def board_scalars(run):
             (length,) = struct.unpack_from("<Q", data, at)
             event = Event.FromString(data[at + 12 : at + 12 + length])
             at += 12 + length + 4
-            for value in event.summary.value:
-                found[value.tag, event.step] = value.simple_value
+            found |= {(value.tag, event.step): value for value in event.summary.value}
     return found
+
+
+def board_scalars(run):
+    """(tag, step) -> value."""
+    return {key: value.simple_value for key, value in board_events(run).items()}
 
 
 def shown(renderable, width=200):
@@ -248,19 +253,6 @@ def test_on_a_terminal_there_is_a_bar():
         bar.after(2, STEP)
     assert "training" in file.getvalue() and "2/4" in file.getvalue()
     assert "step 2/4" not in file.getvalue()
-
-
-def board_events(run):
-    """(tag, step) -> the summary value, and tags of hyper-parameters."""
-    found = {}
-    for path in sorted(run.tensorboard.iterdir()):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack_from("<Q", data, at)
-            event = Event.FromString(data[at + 12 : at + 12 + length])
-            at += 12 + length + 4
-            found |= {(value.tag, event.step): value for value in event.summary.value}
-    return found
 
 
 def test_a_person_sees_heat_maps_texts_and_settings(run):
