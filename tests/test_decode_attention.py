@@ -38,7 +38,8 @@ def _plain(qkv, rope, prompt, completion, slot):
 
 @pytest.mark.parametrize("slot", [0, 1, 31, 32, 63])
 @pytest.mark.parametrize("block", [16, 32])
-def test_the_kernel_computes_what_plain_xla_does(slot, block):
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_kernel_computes_what_plain_xla_does(slot, block, together):
     qkv, prompt, completion = _inputs()
     rope = rotary_tables(CONFIG, jnp.repeat(jnp.asarray(LENGTHS), GROUP) + slot)
     want = _plain(qkv, rope, prompt, completion, jnp.int32(slot))
@@ -50,6 +51,7 @@ def test_the_kernel_computes_what_plain_xla_does(slot, block):
         jnp.arange(PROMPTS * GROUP) // GROUP,
         completion,
         jnp.int32(slot),
+        together=together,
         block=block,
         interpret=True,
     )

@@ -8,7 +8,12 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from jaxgrpo.rollout.block_statistics import block_statistics, block_sums, kernel_statistics
+from jaxgrpo.model.block_statistics import (
+    block_statistics,
+    block_sums,
+    kernel_statistics,
+    row_statistics,
+)
 from jaxgrpo.rollout.sampling import (
     draws_needed,
     inverse_cdf,
@@ -144,6 +149,14 @@ def test_a_row_does_not_depend_on_how_many_there_are():
 def test_the_kernel_of_block_statistics_computes_what_two_passes_do(blocks):
     logits = RNG.normal(size=(3, 128 * blocks)).astype(np.float32) * 8
     logits[1, :256] = -np.inf
-    got = kernel_statistics(jnp.asarray(logits), 0.7, interpret=True)
+    top, sums, _ = kernel_statistics(jnp.asarray(logits), 0.7, entropy=False, interpret=True)
     want = block_statistics(jnp.asarray(logits), 0.7)
-    chex.assert_trees_all_close(got, want, rtol=2e-6, atol=1e-6)
+    chex.assert_trees_all_close((top, sums), want, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [5, 32, 33])
+def test_the_kernel_computes_the_entropys_sum_too(blocks):
+    logits = jnp.asarray(RNG.normal(size=(3, 128 * blocks)).astype(np.float32) * 8)
+    top, sums, moments = kernel_statistics(logits, 0.7, entropy=True, interpret=True)
+    got = (top, sums.sum(axis=1), moments.sum(axis=1))
+    chex.assert_trees_all_close(got, row_statistics(logits, 0.7), rtol=5e-6, atol=1e-5)

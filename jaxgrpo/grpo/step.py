@@ -23,7 +23,12 @@ from jaxgrpo.grpo.loss import loss_metrics, token_losses, token_weights
 from jaxgrpo.grpo.optimizer import learning_rate_in
 from jaxgrpo.grpo.sensitivity import init_sensitivity, update_sensitivity
 from jaxgrpo.mesh import constrain, gpu_options
-from jaxgrpo.model.api import Qwen2Config, completion_logprobs, lora_logical_axes
+from jaxgrpo.model.api import (
+    Qwen2Config,
+    completion_logprobs,
+    join_adapters,
+    lora_logical_axes,
+)
 from jaxgrpo.types import (
     LoraPlan,
     Packing,
@@ -142,6 +147,7 @@ def make_gradients(
         plan: LoraPlan,
         rows: TrainBatch,
         weights: Float[Array, "B C"],
+        joined: Tree | None,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, "B C"], Float[Array, "B C"]]]:
         lora, kernels = point
         if kernels is not None:
@@ -162,6 +168,7 @@ def make_gradients(
             chunk_tokens=grpo.logprob_chunk_tokens,
             remat=remat,
             packing=rows.packing,
+            joined=joined,
         )
         per_token = (
             token_losses(grpo, logprobs, rows)
@@ -178,8 +185,9 @@ def make_gradients(
         # dapo's weights are the mean over all tokens, which is also the supervised loss.
         kind = grpo.loss if objective == "grpo" else "dapo"
         weights = token_weights(kind, batch.loss_mask, max_completion_tokens)
+        joined = join_adapters(base, lora, plan)
         loss, (grads, kernel_grads), scored = _accumulate(
-            lambda point, part: loss_of(point, base, plan, *part),
+            lambda point, part: loss_of(point, base, plan, *part, joined),
             (lora, kernels),
             split_rows((batch, weights), grpo.micro_batches),
         )
@@ -227,6 +235,8 @@ def make_logprobs(
         completion_tokens: Int[Array, "B C"],
         packing: Packing | None = None,
     ) -> Float[Array, "B C"]:
+        joined = None if lora is None or plan is None else join_adapters(base, lora, plan)
+
         def score(part: tuple) -> Float[Array, "B C"]:
             *rows, packing = part
             return completion_logprobs(
@@ -239,6 +249,7 @@ def make_logprobs(
                 chunk_tokens=chunk_tokens,
                 remat=remat,
                 packing=packing,
+                joined=joined,
             )[0]
 
         rows = (tokens, prompt_lengths, completion_tokens, packing)

@@ -29,6 +29,7 @@ from jaxgrpo.model.qwen2 import (
     Qwen2,
     RMSNorm,
     choose_remat,
+    join_adapters,
     join_kernels,
     rotary_tables,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "init_completion_cache",
     "init_lora",
     "input_moments",
+    "join_adapters",
     "logits",
     "lora_logical_axes",
     "make_decode_weights",
@@ -109,6 +111,7 @@ def hidden_states(
     mask: Bool[Array, "B T"] | None = None,
     remat: str = "none",
     packing: Packing | None = None,
+    joined: Tree | None = None,
 ) -> Float[Array, "B T D"]:
     """Final-norm hidden states of whole rows.
 
@@ -117,6 +120,7 @@ def hidden_states(
             positions count real tokens. Right padding needs none, causality hides it.
         lora, plan: None switches the adapters off: the base model.
         packing: the same rows packed; then they are computed so.
+        joined: `join_adapters` of the same weights, if it was made.
     """
     if packing is not None:
         assert mask is None, "packed rows have no padding to hide"
@@ -129,6 +133,8 @@ def hidden_states(
     variables: Tree = {"params": base}
     if lora is not None and plan is not None:
         variables |= {"lora": {"layers": lora}, "plan": {"layers": plan_collection(plan)}}
+        if joined is not None:
+            variables["joined"] = {"layers": joined}
     hidden = Qwen2(config, remat).apply(variables, tokens, positions, mask, packing)
     return hidden if packing is None else rows_from_bins(hidden, packing)  # type: ignore[return-value,arg-type]
 
@@ -170,6 +176,7 @@ def completion_logprobs(
     chunk_tokens: int,
     remat: str,
     packing: Packing | None = None,
+    joined: Tree | None = None,
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """Log-prob of every completion token, and the entropy of its distribution, both float32.
 
@@ -177,7 +184,9 @@ def completion_logprobs(
     at a time, in the backward pass too: [B, T, V] never does. Values off a row's completion mean
     nothing and are finite.
     """
-    hidden = hidden_states(config, base, lora, plan, tokens, remat=remat, packing=packing)
+    hidden = hidden_states(
+        config, base, lora, plan, tokens, remat=remat, packing=packing, joined=joined
+    )
     table = head_table(config, base)
     if packing is not None:
         hidden = scored_from_rows(hidden, packing)
@@ -301,7 +310,9 @@ def decode_step(
 def _layer(config: Qwen2Config, method: str, layer: Tree, *args: Any) -> Any:
     """A method of one layer. Under jit of its own, so that all layers are traced and lowered once:
     written out, 28 of them would take longer than compiling them."""
-    return Block(config, joined="qkv" in layer["params"]).apply(layer, *args, method=method)
+    params = layer["params"]
+    tiled = "tiles" in params.get("gate_up", {})
+    return Block(config, "qkv" in params, tiled).apply(layer, *args, method=method)
 
 
 def _final_norm(config: Qwen2Config, weights: Tree, x: jax.Array) -> jax.Array:

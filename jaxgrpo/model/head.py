@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgrpo.mesh import constrain
+from jaxgrpo.model.block_statistics import row_statistics
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -69,15 +70,12 @@ def _statistics(
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """((log-probs, entropy), probabilities) of one chunk."""
     scores = jnp.einsum("bcd,vd->bcv", hidden, table, preferred_element_type=jnp.float32)
-    scores = constrain(scores / temperature, "act_batch", "act_length", "act_vocab")
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    shifted = scores - top
-    weights = jnp.exp(shifted)
-    total = jnp.sum(weights, axis=-1)
-    picked = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    scores = constrain(scores, "act_batch", "act_length", "act_vocab")
+    top, total, moment = row_statistics(scores, temperature)
+    picked = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0] / temperature
     log_total = jnp.log(total)
-    entropy = log_total - jnp.sum(weights * shifted, axis=-1) / total
-    return (picked - top[..., 0] - log_total, entropy), weights / total[..., None]
+    probabilities = jnp.exp(scores / temperature - top[..., None]) / total[..., None]
+    return (picked - top - log_total, log_total - moment / total), probabilities
 
 
 def _by_chunks(chunk, xs: tuple[jax.Array, jax.Array], chunk_tokens: int) -> tuple:  # type: ignore[no-untyped-def]

@@ -34,6 +34,19 @@ class Projection(NamedTuple):
     adapter: Adapter | None
 
 
+class Joined(NamedTuple):
+    """Projections of one input and their adapters as the one matrix of `fused_product`.
+
+    Attributes:
+        matrix: [W; b], or [W | a] where the input is the wider side; W is all kernels side by side.
+        a, b: all adapters'.
+    """
+
+    matrix: Float[Array, "m n"]
+    a: Float[Array, "i r"]
+    b: Float[Array, "r o"]
+
+
 class LoRADense(nn.Module):
     """A frozen projection and, if the `lora` collection holds one for it, its adapter.
 
@@ -58,8 +71,7 @@ class LoRADense(nn.Module):
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             mask, scale = self.get_variable("plan", "mask"), self.get_variable("plan", "scale")
-            # Mask and scale go on the small factors: the activations are the larger arrays.
-            adapter = (a * mask[None, :], b * scale)
+            adapter = _scaled(a, b, mask, scale)
         return Projection(self.kernel, self.bias if self.use_bias else None, adapter)
 
     def watch(self, x: Float[Array, "B T i"]) -> None:
@@ -70,13 +82,22 @@ class LoRADense(nn.Module):
             self.sow("moments", "outer", jnp.einsum("bti,btj->ij", rows, rows))
 
 
+def _scaled(a: jax.Array, b: jax.Array, mask: jax.Array, scale: jax.Array) -> Adapter:
+    # Mask and scale go on the small factors: the activations are the larger arrays.
+    return a * mask[None, :], b * scale
+
+
 def project(
-    x: Float[Array, "... i"], projections: Sequence[Projection], *, fused: bool
+    x: Float[Array, "... i"],
+    projections: Sequence[Projection],
+    *,
+    fused: bool,
+    joined: Joined | None = None,
 ) -> list[Float[Array, "... o"]]:
     """Outputs of several projections of one input; `fused` as in `project_joined`."""
     if fused and any(p.adapter is not None for p in projections):
         widths = np.cumsum([p.kernel.shape[1] for p in projections])
-        return jnp.split(project_joined(x, projections), widths[:-1], axis=-1)
+        return jnp.split(project_joined(x, projections, joined), widths[:-1], axis=-1)
     outputs = []
     for p in projections:
         y = x @ p.kernel
@@ -88,16 +109,17 @@ def project(
 
 
 def project_joined(
-    x: Float[Array, "... i"], projections: Sequence[Projection]
+    x: Float[Array, "... i"], projections: Sequence[Projection], joined: Joined | None = None
 ) -> Float[Array, "... n"]:
     """Outputs of several projections of one input side by side, from one matrix product.
 
-    Not on a mesh of several devices: kernels are split there along what joins them.
+    Not on a mesh of several devices: kernels are split there along what joins them. `joined` is
+    made here unless it is at hand.
     """
     kernels = tuple(p.kernel for p in projections)
     adapters = tuple(p.adapter for p in projections)
     if any(adapter is not None for adapter in adapters):
-        y = fused_product(x.reshape(-1, x.shape[-1]), kernels, adapters)
+        y = fused_product(x.reshape(-1, x.shape[-1]), kernels, adapters, joined)
         y = y.reshape(*x.shape[:-1], -1)
     else:
         y = x @ _join(kernels)
@@ -115,39 +137,63 @@ def fused_product(
     x: Float[Array, "T i"],
     kernels: tuple[Float[Array, "i o"], ...],
     adapters: tuple[Adapter | None, ...],
+    joined: Joined | None,
 ) -> Float[Array, "T n"]:
     """x @ [W_1 | W_2 ...] with every adapter inside the same matrix product.
 
     Adding (x a) b to the output afterwards would read and write the output once more, which at
     small ranks costs more than the adapter's arithmetic. Where the output is the wider side, x a
     joins the input: [x | x a] @ [W; b]. Where the input is, a joins the kernel: x @ [W | a].
+
+    `joined` is `join` of the same kernels and adapters, or None; no gradient goes by it.
     """
-    return _fused_forward(x, kernels, adapters)[0]
+    return _fused_forward(x, kernels, adapters, joined)[0]
 
 
-def _fused_forward(x: jax.Array, kernels: tuple, adapters: tuple) -> tuple[jax.Array, tuple]:
-    a, b = _join_adapters(kernels, adapters, x.dtype)
+def join(kernels: tuple[jax.Array, ...], adapters: tuple[Adapter | None, ...]) -> Joined:
+    """What `fused_product` multiplies by."""
     kernel = _join(kernels)
-    if kernel.shape[0] > kernel.shape[1]:
-        y, down = jnp.split(x @ jnp.concatenate([kernel, a], axis=1), [kernel.shape[1]], axis=1)
+    a, b = _join_adapters(kernels, adapters, kernel.dtype)
+    wide_input = kernel.shape[0] > kernel.shape[1]
+    matrix = jnp.concatenate([kernel, a if wide_input else b], axis=1 if wide_input else 0)
+    return Joined(matrix, a, b)
+
+
+def join_layers(layers: Tree, lora: Tree, plan: LoraPlan, modules: tuple[str, ...]) -> Joined:
+    """`join` of every layer's `modules`, stacked."""
+    kernels = tuple(layers[module]["kernel"] for module in modules)
+    adapters = tuple(
+        jax.vmap(_scaled)(lora[m]["a"], lora[m]["b"], plan.masks[m], plan.scales[m])
+        if m in lora
+        else None
+        for m in modules
+    )
+    return jax.vmap(join)(kernels, adapters)
+
+
+def _fused_forward(
+    x: jax.Array, kernels: tuple, adapters: tuple, joined: Joined | None
+) -> tuple[jax.Array, tuple]:
+    matrix, a, b = join(kernels, adapters) if joined is None else joined
+    if matrix.shape[0] == x.shape[1]:
+        y, down = jnp.split(x @ matrix, [matrix.shape[1] - a.shape[1]], axis=1)
         down = checkpoint_name(down, "down")
         y = y + down @ b
     else:
         down = checkpoint_name(x @ a, "down")
-        y = jnp.concatenate([x, down], axis=1) @ jnp.concatenate([kernel, b], axis=0)
-    return y, (x, down, kernels, adapters)
+        y = jnp.concatenate([x, down], axis=1) @ matrix
+    return y, (x, down, kernels, adapters, joined)
 
 
 def _fused_backward(saved: tuple, dy: jax.Array) -> tuple:
-    x, down, kernels, adapters = saved
-    a, b = _join_adapters(kernels, adapters, x.dtype)
-    kernel = _join(kernels)
-    features = kernel.shape[0]
-    if features > kernel.shape[1]:
+    x, down, kernels, adapters, joined = saved
+    matrix, a, b = join(kernels, adapters) if joined is None else joined
+    features = x.shape[1]
+    if matrix.shape[0] == features:
         d_down = dy @ b.T
-        dx = jnp.concatenate([dy, d_down], axis=1) @ jnp.concatenate([kernel, a], axis=1).T
+        dx = jnp.concatenate([dy, d_down], axis=1) @ matrix.T
     else:
-        both = dy @ jnp.concatenate([kernel, b], axis=0).T
+        both = dy @ matrix.T
         dx, d_down = both[:, :features], both[:, features:]
         dx = dx + d_down @ a.T
     f32 = jnp.float32
@@ -166,7 +212,7 @@ def _fused_backward(saved: tuple, dy: jax.Array) -> tuple:
             d_adapters.append((da[:, rank : rank + r], own))
             rank += r
         column += width
-    return dx, tuple(d_kernels), tuple(d_adapters)
+    return dx, tuple(d_kernels), tuple(d_adapters), None
 
 
 fused_product.defvjp(_fused_forward, _fused_backward)

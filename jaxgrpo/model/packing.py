@@ -47,10 +47,19 @@ def _rows_backward(packing: Packing, dy: jax.Array) -> tuple[jax.Array, None]:
         index = prompt * prompt_slots + jnp.minimum(column, prompt_slots - 1)
         summed = _take(heads.reshape(bins, -1, *rest), index)
         own = jnp.where(_wide(packing.shared, own), summed, own)
+    # Or what comes next fuses with the gathers, and finds each place once for every value it takes.
+    own = jax.lax.optimization_barrier(own)
     return jnp.where(_wide(packing.source >= 0, own), own, 0), None
 
 
 _rows_from_bins.defvjp(_rows_forward, _rows_backward)
+
+
+def row_lengths(packing: Packing) -> Int[Array, " B"]:
+    """Tokens of each row, at least 1."""
+    # A row's places after its first token's are never the bin's first place, which is 0.
+    columns = jnp.arange(1, packing.rows.shape[1] + 1, dtype=jnp.int32)
+    return jnp.maximum(jnp.max(jnp.where(packing.rows > 0, columns[None, :], 0), axis=1), 1)
 
 
 def bins_from_rows(x: Float[Array, "B T ..."], packing: Packing) -> Float[Array, "Z N ..."]:

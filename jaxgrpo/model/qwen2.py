@@ -6,6 +6,8 @@ SwiGLU). Norms, rotary tables, softmax and logits are float32; the rest in the c
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.mesh import batch_parts, constrain, on_one_device
 from jaxgrpo.model.decode_attention import decode_attention
+from jaxgrpo.model.gated_product import (
+    gated_product,
+    make_tiles,
+    padded_width,
+    tile_width,
+    use_tiles,
+)
 from jaxgrpo.model.kv_cache import LayerCache, plain_attention, use_kernel, write_slot
-from jaxgrpo.model.lora import LoRADense, project, project_joined
-from jaxgrpo.model.packing import bins_from_rows, rows_from_bins
+from jaxgrpo.model.lora import (
+    Joined,
+    LoRADense,
+    join_layers,
+    project,
+    project_joined,
+)
+from jaxgrpo.model.packing import bins_from_rows, row_lengths, rows_from_bins
 from jaxgrpo.model.presets import Qwen2Config
-from jaxgrpo.types import Packing, Tree
+from jaxgrpo.types import LoraPlan, Packing, Tree
 
 Rope = tuple[jax.Array, jax.Array]
 """cos, sin: float32 [..., H/2]."""
@@ -55,11 +70,26 @@ def causal_attention(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     mask: Bool[Array, "B T"] | None,
+    lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query causal attention; `mask` hides padding keys (needed for left padding only)."""
+    """Grouped-query causal attention.
+
+    Args:
+        mask: hides padding keys (needed for left padding only).
+        lengths: of right-padded rows, for programs that can leave out the rest, which then means
+            nothing, in the gradient as well.
+    """
     # cuDNN's kernel has no float32 form and wants no explicit mask; plain XLA takes everything.
     if mask is None and q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )
     rows, length, heads, head_dim = q.shape
     groups = k.shape[2]
     # Queries that share a key head stand under each other, so that each product is one plain
@@ -115,6 +145,23 @@ class RMSNorm(nn.Module):
         return (x32.astype(self.dtype) * scale).astype(self.dtype)
 
 
+def join_adapters(base: Tree, lora: Tree, plan: LoraPlan) -> Tree | None:
+    """Each layer's matrices for `fused_product`, stacked: made once a step, where every micro-batch
+    would write them anew in either direction. None where adapters are not fused."""
+    if not fuse_adapters():
+        return None
+    groups = (*JOINED.values(), ("o_proj",), ("down_proj",))
+    return {
+        _name_of(modules): join_layers(base["layers"], lora, plan, modules)
+        for modules in groups
+        if any(module in lora for module in modules)
+    }
+
+
+def _name_of(modules: tuple[str, ...]) -> str:
+    return "+".join(modules)
+
+
 def fuse_adapters() -> bool:
     """Whether adapters are worth their place inside the frozen products (`lora.fused_product`)."""
     return on_one_device() and jax.default_backend() == "gpu"
@@ -126,16 +173,23 @@ class Block(nn.Module):
     Attributes:
         joined: the weights are the sampler's (`join_kernels`): one matrix for q, k and v, one for
             gate and up.
+        tiled: gate and up are laid out for their kernel (`gated_product`).
     """
 
     config: Qwen2Config
     joined: bool = False
+    tiled: bool = False
 
     def setup(self) -> None:
         config, dtype = self.config, self.config.compute_dtype
         self.input_layernorm = RMSNorm(config.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(config.rms_norm_eps, dtype)
-        for module, (in_features, features) in self._shapes().items():
+        shapes = self._shapes()
+        if self.tiled:
+            in_features, features = shapes.pop("gate_up")
+            self.gate_up = GateTiles(in_features, features // 2, dtype)
+            shapes["down_proj"] = (padded_width(features // 2), in_features)
+        for module, (in_features, features) in shapes.items():
             use_bias = module in ("qkv", "q_proj", "k_proj", "v_proj")
             setattr(self, module, LoRADense(in_features, features, use_bias, dtype))
 
@@ -155,13 +209,19 @@ class Block(nn.Module):
         dense = [getattr(self, module) for module in modules]
         for module in dense:
             module.watch(x)
-        return project(x, [module.weights() for module in dense], fused=fuse_adapters())
+        weights = [module.weights() for module in dense]
+        return project(x, weights, fused=fuse_adapters(), joined=self._matrix_of(modules))
 
     def _project_joined(self, x: jax.Array, *modules: str) -> jax.Array:
         """The same side by side."""
         if self.joined:
             modules = tuple(name for name, parts in JOINED.items() if parts == modules)
-        return project_joined(x, [getattr(self, module).weights() for module in modules])
+        weights = [getattr(self, module).weights() for module in modules]
+        return project_joined(x, weights, self._matrix_of(modules))
+
+    def _matrix_of(self, modules: tuple[str, ...]) -> Joined | None:
+        """`join_adapters`' matrix, if it was made."""
+        return self.get_variable("joined", _name_of(modules))
 
     def _qkv(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         h = checkpoint_name(self.input_layernorm(x), "normed")
@@ -174,11 +234,16 @@ class Block(nn.Module):
         (update,) = self._project(attended.reshape(*x.shape[:-1], -1), "o_proj")
         x = checkpoint_name(x + update, "residual")
         h = checkpoint_name(self.post_attention_layernorm(x), "normed")
-        (update,) = self._project(checkpoint_name(self._gated(h), "gated"), "down_proj")
+        gated = checkpoint_name(self._gated(h), "gated")
+        if x.ndim == 2 and self.joined and use_kernel(x.dtype):
+            return x + split_product(gated, self.down_proj.weights().kernel)
+        (update,) = self._project(gated, "down_proj")
         return x + update
 
     def _gated(self, h: jax.Array) -> jax.Array:
         """silu(gate) * up."""
+        if self.tiled:
+            return self.gate_up(h)
         if self.joined or fuse_adapters():
             both = self._project_joined(h, "gate_proj", "up_proj")
             return swiglu(checkpoint_name(both, "gate_up"))
@@ -198,7 +263,8 @@ class Block(nn.Module):
             return x, None
         q, k, v = (rows_from_bins(y, packing) for y in self._qkv(x, rope))
         q = constrain(q, "act_batch", "act_length", "act_heads", "head_dim")
-        attended = bins_from_rows(causal_attention(q, k, v, None), packing)
+        attended = causal_attention(q, k, v, None, row_lengths(packing))
+        attended = bins_from_rows(attended, packing)
         x = self._finish(x, checkpoint_name(attended, "attended"))
         return constrain(x, "act_batch", "act_length", "act_embed"), None
 
@@ -243,11 +309,45 @@ class Block(nn.Module):
         return constrain(self._finish(x, attended), "act_batch", "act_embed"), completion
 
 
+class GateTiles(nn.Module):
+    """silu(gate) * up by `gated_product`."""
+
+    in_features: int
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        half = tile_width(self.features)
+        shape = (padded_width(self.features) // half, 2, half, self.in_features)
+        return gated_product(x, self.param("tiles", nn.initializers.normal(0.02), shape, self.dtype))
+
+
+def split_product(x: Float[Array, "B i"], kernel: Float[Array, "i o"]) -> Float[Array, "B o"]:
+    """x @ kernel with the inner axis in a few parts that the card computes side by side, where
+    rows and columns alone are too few to keep it busy; XLA adds them up with what comes next."""
+    inner, width = kernel.shape
+    parts = next(parts for parts in (5, 4, 6, 3, 2, 1) if inner % (8 * parts) == 0)
+    x = x.reshape(len(x), parts, inner // parts)
+    kernel = kernel.reshape(parts, inner // parts, width)
+    products = jnp.einsum("bpi,pio->pbo", x, kernel, preferred_element_type=jnp.float32)
+    return jnp.sum(products, axis=0).astype(x.dtype)
+
+
 def join_kernels(layers: Tree) -> Tree:
     """The same layers with projections of one input as one matrix (JOINED): fewer, larger products
-    where each has few rows."""
+    where each has few rows. Gate and up go into tiles where `gated_product` has a kernel."""
     joined = dict(layers)
+    if use_tiles(layers["down_proj"]["kernel"].dtype):
+        gate, up = (joined.pop(name)["kernel"] for name in JOINED["gate_up"])
+        joined["gate_up"] = {"tiles": make_tiles(gate, up)}
+        down = joined["down_proj"]["kernel"]
+        missing = padded_width(gate.shape[-1]) - gate.shape[-1]
+        down = jnp.pad(down, (*((0, 0),) * (down.ndim - 2), (0, missing), (0, 0)))
+        joined["down_proj"] = {**joined["down_proj"], "kernel": down}
     for name, parts in JOINED.items():
+        if name in joined:
+            continue
         pieces = [joined.pop(part) for part in parts]
         joined[name] = {
             leaf: jnp.concatenate([piece[leaf] for piece in pieces], axis=-1) for leaf in pieces[0]
@@ -283,7 +383,7 @@ class Qwen2(nn.Module):
         x = constrain(jnp.take(table, tokens, axis=0), "act_batch", "act_length", "act_embed")
         layers = nn.scan(
             rematerialised(Block, self.remat),
-            variable_axes={"params": 0, "lora": 0, "plan": 0, "moments": 0},
+            variable_axes={"params": 0, "lora": 0, "plan": 0, "joined": 0, "moments": 0},
             variable_broadcast="rows",
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # type: ignore[arg-type]
@@ -298,10 +398,20 @@ def rematerialised(block: type[Block], remat: str) -> type[Block]:
     """`block` under the named policy: keep everything, what PRODUCTS names, or nothing."""
     if remat == "none":
         return block
-    names = jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
-    policy = names if remat == "products" else None
+    policy = _keep_products if remat == "products" else None
     # Inside a loop the compiler cannot merge the recomputation away; unrolled it would.
     return nn.remat(block, policy=policy, prevent_cse=unroll_layers(remat))
+
+
+_keep_named = jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
+
+
+def _keep_products(primitive: Any, *args: Any, **params: Any) -> Any:
+    """What PRODUCTS names and, where cuDNN attends, what its own backward pass wants: output and
+    log-sum-exp. They have no names, and without them the forward pass would run twice."""
+    if primitive.name.startswith("dot_product_attention_fwd"):
+        return True
+    return _keep_named(primitive, *args, **params)
 
 
 def unroll_layers(remat: str) -> bool:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgrpo.rollout.block_statistics import BLOCK, block_statistics, block_sums
+from jaxgrpo.model.block_statistics import BLOCK, block_statistics, block_sums
 
 CANDIDATES = 4
 """Draws of a round of `draw_nucleus`: at top_p 0.95 one row in 160,000 needs a second round."""

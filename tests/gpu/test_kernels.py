@@ -19,12 +19,13 @@ from jaxgrpo.model.api import (
     make_decode_weights,
 )
 from jaxgrpo.model.decode_attention import decode_attention
+from jaxgrpo.model.gated_product import ROWS, gated_product, make_tiles, use_tiles
 from jaxgrpo.model.kv_cache import plain_attention, write_slot
 from jaxgrpo.model.qwen2 import apply_rotary, rotary_tables
 from jaxgrpo.packing import pack_rows
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout import engine
-from jaxgrpo.rollout.block_statistics import block_sums, kernel_statistics
+from jaxgrpo.model.block_statistics import block_sums, kernel_statistics
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.types import TrainBatch
@@ -57,7 +58,7 @@ def make_weights(config, seed=0):
     )
 
 
-def make_prompts(prompts=16, slots=96):
+def make_prompts(prompts=32, slots=96):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, SHAPES["vocab_size"], (prompts, slots)).astype(np.int32)
     lengths = rng.integers(1, slots + 1, prompts)
@@ -100,13 +101,35 @@ def test_decode_attention_of_bfloat16(slot):
     chex.assert_trees_all_close(cache, want_own, atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize(("inner", "features"), [(1536, 8960), (896, 4864), (768, 1024)])
+def test_gated_product(inner, features):
+    """Within bfloat16's rounding of float32 on the same values; exact zeros where it is padded."""
+    x, gate, up = (
+        (jax.random.normal(jax.random.key(i), shape) * scale).astype(jnp.bfloat16)
+        for i, (shape, scale) in enumerate(
+            [((ROWS, inner), 1.0), ((inner, features), 0.05), ((inner, features), 0.05)]
+        )
+    )
+    tiles = make_tiles(gate, up)
+    assert use_tiles(x.dtype)
+    got = jax.jit(gated_product)(x, tiles).astype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        x, gate, up = (y.astype(jnp.float32) for y in (x, gate, up))
+        want = jax.nn.silu(x @ gate) * (x @ up)
+    chex.assert_trees_all_close(got[:, :features], want, rtol=1e-2, atol=1e-3)
+    assert not got[:, features:].any()
+
+
 @pytest.mark.parametrize("vocab", [1280, 151936])
 def test_block_statistics(vocab):
     logits = jax.random.normal(jax.random.key(0), (64, vocab)) * 5
-    top, sums = kernel_statistics(logits, TEMPERATURE)
+    top, sums, moments = kernel_statistics(logits, TEMPERATURE, entropy=True)
     want = jnp.max(logits / TEMPERATURE, axis=-1)
     chex.assert_trees_all_close(top, want, rtol=1e-6)
     chex.assert_trees_all_close(sums, block_sums(logits / TEMPERATURE, want), rtol=1e-5, atol=1e-12)
+    scores = logits / TEMPERATURE - want[:, None]
+    moment = jnp.sum(jnp.exp(scores) * scores, axis=1)
+    chex.assert_trees_all_close(moments.sum(axis=1), moment, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
