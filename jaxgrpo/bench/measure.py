@@ -253,7 +253,7 @@ class Bench:
             order, packing = packed
             arrays = {name: values[order] for name, values in arrays.items()}
             arrays["packing"] = packing
-        return TrainBatch(**jax.tree.map(jnp.asarray, arrays))
+        return TrainBatch(**jax.device_put(arrays))
 
     def _decode_weights(self, lora: Tree) -> Tree:
         merge = self.config.rollout.merge_lora

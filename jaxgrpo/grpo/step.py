@@ -28,6 +28,7 @@ from jaxgrpo.model.api import (
     completion_logprobs,
     join_adapters,
     lora_logical_axes,
+    resolve_remat,
 )
 from jaxgrpo.types import (
     LoraPlan,
@@ -148,6 +149,7 @@ def make_gradients(
         rows: TrainBatch,
         weights: Float[Array, "B C"],
         joined: Tree | None,
+        remat: str,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, "B C"], Float[Array, "B C"]]]:
         lora, kernels = point
         if kernels is not None:
@@ -185,11 +187,13 @@ def make_gradients(
         # dapo's weights are the mean over all tokens, which is also the supervised loss.
         kind = grpo.loss if objective == "grpo" else "dapo"
         weights = token_weights(kind, batch.loss_mask, max_completion_tokens)
-        joined = join_adapters(base, lora, plan)
+        parts = grpo.micro_batches
+        policy = resolve_remat(model_config, remat, batch.tokens, batch.packing, parts)
+        joined = join_adapters(base, lora, plan, policy)
         loss, (grads, kernel_grads), scored = _accumulate(
-            lambda point, part: loss_of(point, base, plan, *part, joined),
+            lambda point, part: loss_of(point, base, plan, *part, joined, policy),
             (lora, kernels),
-            split_rows((batch, weights), grpo.micro_batches),
+            split_rows((batch, weights), parts),
         )
         return loss, grads, kernel_grads, *join_rows(scored)
 
@@ -235,7 +239,10 @@ def make_logprobs(
         completion_tokens: Int[Array, "B C"],
         packing: Packing | None = None,
     ) -> Float[Array, "B C"]:
-        joined = None if lora is None or plan is None else join_adapters(base, lora, plan)
+        policy = resolve_remat(model_config, remat, tokens, packing, micro_batches)
+        joined = None
+        if lora is not None and plan is not None:
+            joined = join_adapters(base, lora, plan, policy)
 
         def score(part: tuple) -> Float[Array, "B C"]:
             *rows, packing = part
@@ -247,7 +254,7 @@ def make_logprobs(
                 *rows,
                 temperature=temperature,
                 chunk_tokens=chunk_tokens,
-                remat=remat,
+                remat=policy,
                 packing=packing,
                 joined=joined,
             )[0]

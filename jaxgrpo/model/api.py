@@ -54,6 +54,7 @@ __all__ = [
     "make_decode_weights",
     "prefill",
     "resharded_bytes",
+    "resolve_remat",
 ]
 
 
@@ -122,6 +123,7 @@ def hidden_states(
         packing: the same rows packed; then they are computed so.
         joined: `join_adapters` of the same weights, if it was made.
     """
+    remat = resolve_remat(config, remat, tokens, packing)
     if packing is not None:
         assert mask is None, "packed rows have no padding to hide"
         tokens, positions = packing.tokens, packing.positions
@@ -129,7 +131,6 @@ def hidden_states(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
     else:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    remat = choose_remat(config, remat, tokens.size)
     variables: Tree = {"params": base}
     if lora is not None and plan is not None:
         variables |= {"lora": {"layers": lora}, "plan": {"layers": plan_collection(plan)}}
@@ -137,6 +138,22 @@ def hidden_states(
             variables["joined"] = {"layers": joined}
     hidden = Qwen2(config, remat).apply(variables, tokens, positions, mask, packing)
     return hidden if packing is None else rows_from_bins(hidden, packing)  # type: ignore[return-value,arg-type]
+
+
+def resolve_remat(
+    config: Qwen2Config,
+    remat: str,
+    tokens: Int[Array, "B T"],
+    packing: Packing | None,
+    micro_batches: int = 1,
+) -> str:
+    """`ModelConfig.remat` with `auto` resolved for these rows in so many parts."""
+    if packing is None:
+        return choose_remat(config, remat, tokens.size // micro_batches)
+    # cuDNN's attention keeps its output row by row.
+    attended = packing.rows.size if jax.default_backend() == "gpu" else 0
+    size = packing.tokens.size
+    return choose_remat(config, remat, size // micro_batches, attended // micro_batches)
 
 
 def input_moments(
@@ -218,8 +235,14 @@ def make_decode_weights(
         else:
             stacked |= {"lora": lora, "plan": plan_collection(plan)}
     if on_one_device() and not carried:
-        stacked["params"] = join_kernels(stacked["params"])
+        stacked = jax.lax.optimization_barrier(stacked)
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_layers))
+    if on_one_device() and not carried:
+        # Cut first and joined behind a barrier: one program for all layers, at memory's speed.
+        layers = tuple(
+            {"params": join_kernels(layer["params"])}
+            for layer in map(jax.lax.optimization_barrier, layers)
+        )
     weights = {**base, "layers": layers}
     if on_one_device():
         return weights

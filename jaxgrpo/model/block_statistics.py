@@ -21,7 +21,7 @@ from jaxgrpo.mesh import on_one_device
 BLOCK = 128
 """Vocabulary entries per block of the two-level search; it divides Qwen2.5's vocabularies."""
 
-_TILE = 32
+_TILE = 8
 """Blocks per program of the kernel."""
 
 
@@ -85,7 +85,7 @@ def kernel_statistics(
         in_specs=[pl.BlockSpec((None, _TILE, BLOCK), lambda b, i: (b, i, 0))],
         out_specs=(of_row,) * outputs,
         out_shape=(jax.ShapeDtypeStruct((rows, blocks), jnp.float32),) * outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=4),
+        compiler_params=plgpu.CompilerParams(num_warps=1),
         interpret=interpret,
         name="block_statistics",
     )(logits.reshape(rows, blocks, BLOCK))

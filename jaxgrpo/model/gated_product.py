@@ -59,17 +59,12 @@ def padded_width(features: int) -> int:
     return -(-features // half) * half
 
 
-def make_tiles(gate: Float[Array, "... D F"], up: Float[Array, "... D F"]) -> jax.Array:
-    """Both as [..., tiles, 2, half, D]."""
-    features, half = gate.shape[-1], tile_width(gate.shape[-1])
-
-    def cut(kernel: jax.Array) -> jax.Array:
-        missing = padded_width(features) - features
-        kernel = jnp.pad(kernel, (*((0, 0),) * (kernel.ndim - 1), (0, missing)))
-        kernel = jnp.swapaxes(kernel, -1, -2)
-        return kernel.reshape(*kernel.shape[:-2], -1, half, kernel.shape[-1])
-
-    return jnp.stack([cut(gate), cut(up)], axis=-3)
+def make_tiles(gate: Float[Array, "D F"], up: Float[Array, "D F"]) -> Float[Array, "n 2 half D"]:
+    """Both in the kernel's layout."""
+    features, half = gate.shape[1], tile_width(gate.shape[1])
+    missing = padded_width(features) - features
+    cut = (jnp.pad(x, ((0, 0), (0, missing))).reshape(len(x), -1, half) for x in (gate, up))
+    return jnp.stack(list(cut), axis=2).transpose(1, 2, 3, 0)
 
 
 def gated_product(

@@ -161,14 +161,16 @@ def join(kernels: tuple[jax.Array, ...], adapters: tuple[Adapter | None, ...]) -
 
 def join_layers(layers: Tree, lora: Tree, plan: LoraPlan, modules: tuple[str, ...]) -> Joined:
     """`join` of every layer's `modules`, stacked."""
+
+    def one(kernels: tuple, adapters: tuple) -> Joined:
+        return join(kernels, tuple(a if a is None else _scaled(*a) for a in adapters))
+
     kernels = tuple(layers[module]["kernel"] for module in modules)
     adapters = tuple(
-        jax.vmap(_scaled)(lora[m]["a"], lora[m]["b"], plan.masks[m], plan.scales[m])
-        if m in lora
-        else None
+        (lora[m]["a"], lora[m]["b"], plan.masks[m], plan.scales[m]) if m in lora else None
         for m in modules
     )
-    return jax.vmap(join)(kernels, adapters)
+    return jax.vmap(one)(kernels, adapters)
 
 
 def _fused_forward(
@@ -178,7 +180,7 @@ def _fused_forward(
     if matrix.shape[0] == x.shape[1]:
         y, down = jnp.split(x @ matrix, [matrix.shape[1] - a.shape[1]], axis=1)
         down = checkpoint_name(down, "down")
-        y = y + down @ b
+        y = y + _apart(down @ b)
     else:
         down = checkpoint_name(x @ a, "down")
         y = jnp.concatenate([x, down], axis=1) @ matrix
@@ -195,7 +197,7 @@ def _fused_backward(saved: tuple, dy: jax.Array) -> tuple:
     else:
         both = dy @ matrix.T
         dx, d_down = both[:, :features], both[:, features:]
-        dx = dx + d_down @ a.T
+        dx = dx + _apart(d_down @ a.T)
     f32 = jnp.float32
     da = jnp.matmul(x.T, d_down, preferred_element_type=f32)
     db = jnp.matmul(down.T, dy, preferred_element_type=f32)
@@ -213,6 +215,12 @@ def _fused_backward(saved: tuple, dy: jax.Array) -> tuple:
             rank += r
         column += width
     return dx, tuple(d_kernels), tuple(d_adapters), None
+
+
+def _apart(small: jax.Array) -> jax.Array:
+    """Leaves the sum with a small product to what comes next. XLA would put it into the product,
+    for which the other summand, a part of a larger product, has to be copied out first."""
+    return jax.lax.optimization_barrier(small)
 
 
 fused_product.defvjp(_fused_forward, _fused_backward)

@@ -46,6 +46,9 @@ PRODUCTS = ("normed", "q", "k", "v", "attended", "residual", "gate_up", "gated",
 """What goes into matrix products and comes out of them, by the names given below; `down` is an
 adapter's inner value. Inputs are kept too: they exist in memory for the product anyway."""
 
+HEAD_BYTES = 10 * 4096
+"""Of a chunk of the head per vocabulary entry: scores, their copy, probabilities of 4,096 tokens."""
+
 
 def rotary_tables(config: Qwen2Config, positions: Int[Array, "..."]) -> Rope:
     """cos and sin of position * theta^(-2i/H), in float32."""
@@ -145,17 +148,22 @@ class RMSNorm(nn.Module):
         return (x32.astype(self.dtype) * scale).astype(self.dtype)
 
 
-def join_adapters(base: Tree, lora: Tree, plan: LoraPlan) -> Tree | None:
-    """Each layer's matrices for `fused_product`, stacked: made once a step, where every micro-batch
-    would write them anew in either direction. None where adapters are not fused."""
+def join_adapters(base: Tree, lora: Tree, plan: LoraPlan, remat: str) -> Tree | None:
+    """Each layer's matrices for `fused_product`: made once a step, where every micro-batch would
+    write them anew in either direction. Stacked, or a tuple of one tree per layer where `remat`
+    writes layers out; None where adapters are not fused."""
     if not fuse_adapters():
         return None
     groups = (*JOINED.values(), ("o_proj",), ("down_proj",))
-    return {
+    stacked = {
         _name_of(modules): join_layers(base["layers"], lora, plan, modules)
         for modules in groups
         if any(module in lora for module in modules)
     }
+    if not unroll_layers(remat):
+        return stacked
+    layers = len(next(iter(stacked.values())).a)
+    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers))  # type: ignore[return-value]
 
 
 def _name_of(modules: tuple[str, ...]) -> str:
@@ -334,16 +342,16 @@ def split_product(x: Float[Array, "B i"], kernel: Float[Array, "i o"]) -> Float[
     return jnp.sum(products, axis=0).astype(x.dtype)
 
 
-def join_kernels(layers: Tree) -> Tree:
-    """The same layers with projections of one input as one matrix (JOINED): fewer, larger products
+def join_kernels(layer: Tree) -> Tree:
+    """The same layer with projections of one input as one matrix (JOINED): fewer, larger products
     where each has few rows. Gate and up go into tiles where `gated_product` has a kernel."""
-    joined = dict(layers)
-    if use_tiles(layers["down_proj"]["kernel"].dtype):
+    joined = dict(layer)
+    if use_tiles(layer["down_proj"]["kernel"].dtype):
         gate, up = (joined.pop(name)["kernel"] for name in JOINED["gate_up"])
         joined["gate_up"] = {"tiles": make_tiles(gate, up)}
         down = joined["down_proj"]["kernel"]
         missing = padded_width(gate.shape[-1]) - gate.shape[-1]
-        down = jnp.pad(down, (*((0, 0),) * (down.ndim - 2), (0, missing), (0, 0)))
+        down = jnp.pad(down, ((0, missing), (0, 0)))
         joined["down_proj"] = {**joined["down_proj"], "kernel": down}
     for name, parts in JOINED.items():
         if name in joined:
@@ -381,6 +389,10 @@ class Qwen2(nn.Module):
             shape = (config.vocab_size, config.hidden_size)
             self.param("lm_head", nn.initializers.normal(0.02), shape, dtype)
         x = constrain(jnp.take(table, tokens, axis=0), "act_batch", "act_length", "act_embed")
+        rope = rotary_tables(config, positions)
+        if unroll_layers(self.remat) and not self.is_mutable_collection("moments"):
+            x = self._written_out(x, rope, mask, packing)
+            return RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
         layers = nn.scan(
             rematerialised(Block, self.remat),
             variable_axes={"params": 0, "lora": 0, "plan": 0, "joined": 0, "moments": 0},
@@ -388,19 +400,45 @@ class Qwen2(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # type: ignore[arg-type]
             length=config.num_layers,
-            unroll=config.num_layers if unroll_layers(self.remat) else 1,
         )(config, name="layers")
-        x, _ = layers(x, rotary_tables(config, positions), mask, packing)
+        x, _ = layers(x, rope, mask, packing)
         return RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
+
+    def _written_out(
+        self, x: jax.Array, rope: Rope, mask: jax.Array | None, packing: Packing | None
+    ) -> jax.Array:
+        """The layers one after another (`unroll_layers`), from the same variables."""
+        block = Block(self.config, parent=None)
+
+        def run(layer: Tree, x: jax.Array) -> jax.Array:
+            return block.apply(layer, x, rope, mask, packing)[0]  # type: ignore[index]
+
+        if self.remat != "none":
+            run = jax.checkpoint(run, policy=_policy(self.remat))
+        stacked = {
+            kind: leaves["layers"]
+            for kind, leaves in self.variables.items()
+            if "layers" in leaves and kind != "joined"
+        }
+        joined = self.variables.get("joined")
+        for i in range(self.config.num_layers):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+            if joined is not None:
+                layer["joined"] = joined["layers"][i]
+            x = run(layer, x)
+        return x
 
 
 def rematerialised(block: type[Block], remat: str) -> type[Block]:
     """`block` under the named policy: keep everything, what PRODUCTS names, or nothing."""
     if remat == "none":
         return block
-    policy = _keep_products if remat == "products" else None
-    # Inside a loop the compiler cannot merge the recomputation away; unrolled it would.
-    return nn.remat(block, policy=policy, prevent_cse=unroll_layers(remat))
+    # Inside a loop the compiler cannot merge the recomputation away.
+    return nn.remat(block, policy=_policy(remat), prevent_cse=False)
+
+
+def _policy(remat: str) -> Any:
+    return _keep_products if remat == "products" else None
 
 
 _keep_named = jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
@@ -431,15 +469,25 @@ def kept_bytes_per_token(config: Qwen2Config) -> int:
     return config.num_layers * features * config.compute_dtype.itemsize
 
 
-def choose_remat(config: Qwen2Config, remat: str, tokens: int) -> str:
-    """`auto` resolved for a micro-batch of `tokens` tokens: `products` if that fits in half of the
-    device's memory, otherwise `full`. Devices that do not tell their memory get `full`."""
+def choose_remat(config: Qwen2Config, remat: str, tokens: int, attended: int = 0) -> str:
+    """`auto` resolved for a micro-batch of `tokens` tokens, of which attention makes `attended`
+    rows and padding: `products` if that fits, otherwise `full`. Devices that do not tell their
+    memory get `full`."""
     if remat != "auto":
         return remat
     stats = jax.local_devices()[0].memory_stats() or {}
-    return remat_that_fits(config, tokens // batch_parts(), stats.get("bytes_limit", 0))
+    parts = batch_parts()
+    return remat_that_fits(config, tokens // parts, stats.get("bytes_limit", 0), attended // parts)
 
 
-def remat_that_fits(config: Qwen2Config, tokens: int, memory: int) -> str:
-    """What `auto` is for so many tokens on one device of `memory` bytes; 0: not known."""
-    return "products" if tokens * kept_bytes_per_token(config) < 0.5 * memory else "full"
+def remat_that_fits(config: Qwen2Config, tokens: int, memory: int, attended: int = 0) -> str:
+    """What `auto` is for so many tokens on one device of `memory` bytes; 0: not known.
+
+    `products` may take half of the memory, or on a large device all that is left beside weights
+    (frozen, joined with the adapters, and the sampler's), a chunk of the head and a reserve.
+    """
+    size = config.compute_dtype.itemsize
+    kept = tokens * kept_bytes_per_token(config)
+    kept += attended * config.num_layers * config.module_shapes["o_proj"][0] * size
+    beside = 3 * config.num_parameters * size + HEAD_BYTES * config.vocab_size
+    return "products" if kept < max(0.5 * memory, 0.9 * memory - beside) else "full"
