@@ -215,9 +215,15 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 def to_host(tree: Any) -> Any:
     """Global arrays -> numpy, on every process. The one way off the devices."""
 
+    def whole(x: jax.Array) -> bool:
+        return x.is_fully_addressable or x.is_fully_replicated
+
     def fetch(x: jax.Array) -> np.ndarray:
-        if x.is_fully_addressable or x.is_fully_replicated:
+        if whole(x):
             return np.asarray(x)
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
+    for x in filter(whole, jax.tree.leaves(tree)):
+        # All set off before the first is waited for.
+        x.copy_to_host_async()
     return jax.tree.map(fetch, tree)

@@ -169,7 +169,7 @@ class Bench:
             start = time.perf_counter()
             host = to_host(self.sample(state[0].lora))
             sampled = time.perf_counter()
-            batch = jax.block_until_ready(self.make_batch(host))
+            batch = self.make_batch(host)
             packed = time.perf_counter()
             report = to_host(step(batch))
             end = time.perf_counter()

@@ -148,6 +148,7 @@ def make_gradients(
         plan: LoraPlan,
         rows: TrainBatch,
         weights: Float[Array, "B C"],
+        *,
         joined: Tree | None,
         remat: str,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, "B C"], Float[Array, "B C"]]]:
@@ -191,7 +192,7 @@ def make_gradients(
         policy = resolve_remat(model_config, remat, batch.tokens, batch.packing, parts)
         joined = join_adapters(base, lora, plan, policy)
         loss, (grads, kernel_grads), scored = _accumulate(
-            lambda point, part: loss_of(point, base, plan, *part, joined, policy),
+            lambda point, part: loss_of(point, base, plan, *part, joined=joined, remat=policy),
             (lora, kernels),
             split_rows((batch, weights), parts),
         )

@@ -236,13 +236,13 @@ def make_decode_weights(
             stacked |= {"lora": lora, "plan": plan_collection(plan)}
     if on_one_device() and not carried:
         stacked = jax.lax.optimization_barrier(stacked)
+    joined = on_one_device() and not carried
+    if joined:
+        # Or merging is done again in every cut, and not at memory's speed.
+        stacked = jax.lax.optimization_barrier(stacked)
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_layers))
-    if on_one_device() and not carried:
-        # Cut first and joined behind a barrier: one program for all layers, at memory's speed.
-        layers = tuple(
-            {"params": join_kernels(layer["params"])}
-            for layer in map(jax.lax.optimization_barrier, layers)
-        )
+    if joined:
+        layers = tuple({"params": join_kernels(layer["params"])} for layer in layers)
     weights = {**base, "layers": layers}
     if on_one_device():
         return weights

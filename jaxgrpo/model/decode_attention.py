@@ -1,11 +1,10 @@
 """A layer's attention for one new token per row, as one Triton kernel.
 
-One program per key/value head and row, or two rows of one group where their queries fit one tile of
-the tensor cores. It rotates queries and new keys, writes keys and values into the rows' caches, and
-attends: the prompt, from the cache that the group shares (so that the group's other rows find it in
-the card's L2), from the first real token on; each row's own earlier tokens; and the new one, which
-it still holds. The cost follows the real length, whatever the caches' size, and nothing between the
-projections goes through memory but the caches.
+One program per row and key/value head. It rotates the row's queries and its new key, writes key
+and value into the row's cache, and attends: the prompt, from the cache that its group shares (so
+that the group's other rows find it in the card's L2), from the first real token on; the row's own
+earlier tokens; and the new one, which it still holds. The cost follows the real length, whatever
+the caches' size, and nothing between the projections goes through memory but the caches.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ def decode_attention(
     completion: dict[str, jax.Array],
     slot: Int[Array, ""],
     *,
-    together: int = 1,
     block: int = BLOCK,
     num_warps: int = 1,
     num_stages: int = 3,
@@ -53,8 +51,6 @@ def decode_attention(
         prompt: {"k", "v"} [P, K, S, H], S a multiple of `block`.
         prompt_of: which prompt a row continues.
         completion: {"k", "v"} [B, K, C, H], C a multiple of `block`; updated in place.
-        together: neighbouring rows that one program takes; they continue the same prompt and stand
-            at the same position.
         interpret: run without a GPU, for tests.
 
     Returns:
@@ -66,37 +62,32 @@ def decode_attention(
     heads = all_heads - 2 * kv_heads
     shared = heads // kv_heads
     assert prompt_slots % block == 0 and slots % block == 0, (prompt_slots, slots, block)
-    assert rows % together == 0 and together * shared <= PADDED_HEADS, (rows, together, shared)
+    assert shared <= PADDED_HEADS, f"{shared} query heads share a key/value head"
     kernel = functools.partial(
-        _kernel,
-        together=together,
-        heads=heads,
-        shared=shared,
-        prompt_slots=prompt_slots,
-        block=block,
+        _kernel, heads=heads, shared=shared, prompt_slots=prompt_slots, block=block
     )
     whole_prompts = pl.BlockSpec(prompt["k"].shape, lambda b, k: (0, 0, 0, 0))
-    own = pl.BlockSpec((together, None, slots, head_dim), lambda b, k: (b, k, 0, 0))
-    of_row = pl.BlockSpec((None, head_dim // 2), lambda b, k: (b * together, 0))
+    own = pl.BlockSpec((None, None, slots, head_dim), lambda b, k: (b, k, 0, 0))
+    of_row = pl.BlockSpec((None, head_dim // 2), lambda b, k: (b, 0))
     cache = jax.ShapeDtypeStruct(completion["k"].shape, completion["k"].dtype)
     attended, keys, values = pl.pallas_call(
         kernel,
         # Rows vary fastest, so that the rows of a group run side by side.
-        grid=(rows // together, kv_heads),
+        grid=(rows, kv_heads),
         in_specs=[
-            pl.BlockSpec((together, all_heads, head_dim), lambda b, k: (b, 0, 0)),
+            pl.BlockSpec((None, all_heads, head_dim), lambda b, k: (b, 0, 0)),
             of_row,
             of_row,
             whole_prompts,
             whole_prompts,
             pl.BlockSpec(prompt_start.shape, lambda b, k: (0,)),
-            pl.BlockSpec((None,), lambda b, k: (b * together,)),
+            pl.BlockSpec((None,), lambda b, k: (b,)),
             pl.BlockSpec((), lambda b, k: ()),
             own,
             own,
         ],
         out_specs=(
-            pl.BlockSpec((together, None, shared, head_dim), lambda b, k: (b, k, 0, 0)),
+            pl.BlockSpec((None, None, shared, head_dim), lambda b, k: (b, k, 0, 0)),
             own,
             own,
         ),
@@ -138,7 +129,6 @@ def _kernel(
     new_k: Any,
     new_v: Any,
     *,
-    together: int,
     heads: int,
     shared: int,
     prompt_slots: int,
@@ -160,74 +150,47 @@ def _kernel(
         rotated = first * cos - second * sin, second * cos + first * sin
         return rotated[0].astype(dtype), rotated[1].astype(dtype)
 
-    # Queries of all rows under each other, row by row; what pads the tile repeats the last one.
     # A rotation mixes the two halves of a head, so keys and queries are held as halves.
-    place = jnp.arange(PADDED_HEADS)
-    real = (place < together * shared)[:, None]
-    row = jnp.minimum(place // shared, together - 1)
-    head = place - row * shared
-    query = jnp.minimum(kv * shared + head, heads - 1)[:, None]
+    real = (jnp.arange(PADDED_HEADS) < shared)[:, None]
+    head = jnp.minimum(kv * shared + jnp.arange(PADDED_HEADS), heads - 1)[:, None]
     column = jnp.arange(half)[None, :]
-    q_low = plgpu.load(qkv_ref.at[row[:, None], query, column], mask=real, other=0.0)
-    q_high = plgpu.load(qkv_ref.at[row[:, None], query, half + column], mask=real, other=0.0)
+    q_low = plgpu.load(qkv_ref.at[head, column], mask=real, other=0.0)
+    q_high = plgpu.load(qkv_ref.at[head, half + column], mask=real, other=0.0)
     q_low, q_high = rotate(q_low, q_high)
+    key = pl.ds(heads + kv, 1)
+    k_low, k_high = rotate(qkv_ref[key, low], qkv_ref[key, high])
+    value = qkv_ref[pl.ds(heads + kv_heads + kv, 1), all_]
+    new_k[pl.ds(slot, 1), low] = k_low
+    new_k[pl.ds(slot, 1), high] = k_high
+    new_v[pl.ds(slot, 1), all_] = value
 
-    f32 = jnp.float32
-    score = jnp.zeros((PADDED_HEADS,), f32)
-    out = jnp.zeros((PADDED_HEADS, head_dim), f32)
-    for r in range(together):
-        new, value_of = pl.ds(heads + kv, 1), pl.ds(heads + kv_heads + kv, 1)
-        k_low, k_high = rotate(qkv_ref[r, new, low], qkv_ref[r, new, high])
-        value = qkv_ref[r, value_of, all_]
-        new_k[r, pl.ds(slot, 1), low] = k_low
-        new_k[r, pl.ds(slot, 1), high] = k_high
-        new_v[r, pl.ds(slot, 1), all_] = value
-        # The new token first: from then on the maximum is finite, whatever a block hides.
-        own_score = jnp.sum(q_low.astype(f32) * k_low.astype(f32), axis=1)
-        own_score += jnp.sum(q_high.astype(f32) * k_high.astype(f32), axis=1)
-        mine = row == r
-        score = jnp.where(mine, own_score * factor, score)
-        out = jnp.where(mine[:, None], value.astype(f32), out)
-
-    def attend(
-        i: jax.Array, state: State, first: jax.Array, end: jax.Array, places: list[tuple]
-    ) -> State:
-        """One block of slots: of the prompt, or of every row's own."""
-        out, top, total = state
-        span = pl.ds(i * block, block)
-        index = i * block + jnp.arange(block)
-        seen = ((index >= first) & (index < end))[None, :]
-        scores = jnp.full((PADDED_HEADS, block), -jnp.inf, f32)
-        for r, (k_ref, _, where) in enumerate(places):
-            found = plgpu.dot(q_low, k_ref[*where, span, low].T)
-            found = (found + plgpu.dot(q_high, k_ref[*where, span, high].T)) * factor
-            scores = jnp.where(seen & _rows_of(row, r, places), found, scores)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        shrink = jnp.exp2(top - new_top)
-        weights = jnp.exp2(scores - new_top[:, None])
-        total = total * shrink + jnp.sum(weights, axis=1)
-        out = out * shrink[:, None]
-        for r, (_, v_ref, where) in enumerate(places):
-            of_row = jnp.where(_rows_of(row, r, places), weights, 0.0).astype(dtype)
-            out = out + plgpu.dot(of_row, v_ref[*where, span, all_])
-        return out, new_top, total
-
-    def over(first: jax.Array, end: jax.Array, places: list[tuple], state: State) -> State:
+    def step_over(k_ref: Any, v_ref: Any, where: tuple, first: jax.Array, end: jax.Array) -> Any:
         def step(i: jax.Array, state: State) -> State:
-            return attend(i, state, first, end, places)
+            out, top, total = state
+            places = pl.ds(i * block, block)
+            scores = plgpu.dot(q_low, k_ref[*where, places, low].T)
+            scores = (scores + plgpu.dot(q_high, k_ref[*where, places, high].T)) * factor
+            index = i * block + jnp.arange(block)
+            seen = (index >= first) & (index < end)
+            scores = jnp.where(seen[None, :], scores, -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+            shrink = jnp.exp2(top - new_top)
+            weights = jnp.exp2(scores - new_top[:, None])
+            total = total * shrink + jnp.sum(weights, axis=1)
+            values = v_ref[*where, places, all_]
+            out = out * shrink[:, None] + plgpu.dot(weights.astype(dtype), values)
+            return out, new_top, total
 
-        return jax.lax.fori_loop(first // block, pl.cdiv(end, block), step, state)
+        return functools.partial(jax.lax.fori_loop, first // block, pl.cdiv(end, block), step)
 
-    state = (out, score, jnp.ones((PADDED_HEADS,), f32))
-    shared_cache = [(prompt_k, prompt_v, (prompt, kv))]
-    state = over(start_ref[prompt], jnp.int32(prompt_slots), shared_cache, state)
-    own = [(own_k, own_v, (r,)) for r in range(together)]
-    out, _, total = over(jnp.int32(0), slot, own, state)
+    # The new token first: from then on the maximum is finite, whatever a block hides.
+    f32 = jnp.float32
+    score = jnp.sum(q_low.astype(f32) * k_low.astype(f32), axis=1)
+    score += jnp.sum(q_high.astype(f32) * k_high.astype(f32), axis=1)
+    out = jnp.broadcast_to(value.astype(f32), (PADDED_HEADS, head_dim))
+    state = (out, score * factor, jnp.ones((PADDED_HEADS,), f32))
+    start = start_ref[prompt]
+    state = step_over(prompt_k, prompt_v, (prompt, kv), start, jnp.int32(prompt_slots))(state)
+    out, _, total = step_over(own_k, own_v, (), jnp.int32(0), slot)(state)
     out = (out / total[:, None]).astype(out_ref.dtype)
-    column = jnp.arange(head_dim)[None, :]
-    plgpu.store(out_ref.at[row[:, None], head[:, None], column], out, mask=real)
-
-
-def _rows_of(row: jax.Array, r: int, places: list[tuple]) -> jax.Array:
-    """Which queries attend to place `r`: all of them if there is one, else row r's."""
-    return (row == r)[:, None] if len(places) > 1 else (row >= 0)[:, None]
+    plgpu.store(out_ref.at[pl.ds(0, PADDED_HEADS), all_], out, mask=real)

@@ -103,7 +103,7 @@ def _kernel(
     swizzled = (plgpu.TilingTransform((8, _STEP)), plgpu.SwizzleTransform(128))
 
     def compute(multiply: Any) -> None:
-        @functools.partial(pl.run_scoped, acc_ref=plgpu.ACC((rows, 2 * half), jnp.float32))
+        @functools.partial(pl.run_scoped, acc_ref=plgpu.ACC((rows, 2 * half), jnp.float32))  # type: ignore[attr-defined]
         def _(acc_ref: Any) -> None:
             multiply(acc_ref)
             acc = acc_ref[...]

@@ -47,7 +47,7 @@ PRODUCTS = ("normed", "q", "k", "v", "attended", "residual", "gate_up", "gated",
 adapter's inner value. Inputs are kept too: they exist in memory for the product anyway."""
 
 HEAD_BYTES = 10 * 4096
-"""Of a chunk of the head per vocabulary entry: scores, their copy, probabilities of 4,096 tokens."""
+"""A chunk of the head per vocabulary entry: scores, their copy, probabilities of 4,096 tokens."""
 
 
 def rotary_tables(config: Qwen2Config, positions: Int[Array, "..."]) -> Rope:
@@ -328,7 +328,9 @@ class GateTiles(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         half = tile_width(self.features)
         shape = (padded_width(self.features) // half, 2, half, self.in_features)
-        return gated_product(x, self.param("tiles", nn.initializers.normal(0.02), shape, self.dtype))
+        return gated_product(
+            x, self.param("tiles", nn.initializers.normal(0.02), shape, self.dtype)
+        )
 
 
 def split_product(x: Float[Array, "B i"], kernel: Float[Array, "i o"]) -> Float[Array, "B o"]:
