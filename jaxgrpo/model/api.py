@@ -234,8 +234,6 @@ def make_decode_weights(
                 stacked["params"][module] = {**base["layers"][module], "kernel": merged}
         else:
             stacked |= {"lora": lora, "plan": plan_collection(plan)}
-    if on_one_device() and not carried:
-        stacked = jax.lax.optimization_barrier(stacked)
     joined = on_one_device() and not carried
     if joined:
         # Or merging is done again in every cut, and not at memory's speed.

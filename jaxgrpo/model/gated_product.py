@@ -71,7 +71,7 @@ def gated_product(
     x: Float[Array, "... D"], tiles: Float[Array, "n 2 half D"]
 ) -> Float[Array, "... F"]:
     """silu(x @ gate) * (x @ up), zeros where the last tile is padded."""
-    if x.ndim == 2 and x.shape[0] == ROWS:
+    if x.ndim == 2 and x.shape[0] == ROWS and x.shape[1] % _STEP == 0:
         return _by_kernel(x, tiles)
     both = jnp.einsum("...d,nshd->...nsh", x, tiles)
     gated = jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
