@@ -20,7 +20,7 @@ from jaxgrpo.run import EMBEDDED_CONFIG, main
 from tests.test_layout import ROOT
 
 SLICES = sorted((ROOT / "tpu").glob("v*.yaml"))
-IN_CI = ("v5e-8_0.5b",)
+IN_CI = ("v5e-8_0.5b", "v5e-16_1.5b")
 
 
 def topology_of(path: Path) -> str:
@@ -95,6 +95,7 @@ def test_topologies():
         (["--topology", "v5e:2x2x1"], "v5e slices have 2 dimensions"),
         (["--topology", "16"], "is not written as CHIP:AxB"),
         (["--topology"], "--topology needs a value"),
+        (["--devices", "8", "--quick"], "it goes with --topology"),
         (["--devices", "0"], "no number from 1 to 4096"),
         (["--devices=8", "--topology=v5e:4x4"], "give one of them"),
         (["--devices", "8", "mesh.data=3"], "needs 3 devices, there are 8"),
@@ -118,7 +119,7 @@ def test_compiled_operations_agree_with_the_formulas_on_a_simulated_mesh(capsys)
         assert counted == pytest.approx(formula, abs=0.002)
 
 
-@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize("remat", ["full", "products", "none"])
 def test_operations_agree_within_five_percent(remat):
     settings = ["rollout.max_completion_tokens=32", "grpo.micro_batches=2", f"model.remat={remat}"]
     config = load_config([EMBEDDED_CONFIG], settings)
@@ -152,12 +153,16 @@ def test_what_does_not_fit_is_offered_the_least_change_first():
 
 
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=[] if p.stem in IN_CI else pytest.mark.slow, id=p.stem) for p in SLICES],
+    ("path", "quick"),
+    [
+        *(pytest.param(p, True, id=f"{p.stem}-quick") for p in SLICES if p.stem in IN_CI),
+        *(pytest.param(p, False, marks=pytest.mark.slow, id=p.stem) for p in SLICES),
+    ],
 )
-def test_every_slice_configuration_fits_its_slice(path, capsys):
+def test_every_slice_configuration_fits_its_slice(path, quick, capsys):
     pytest.importorskip("libtpu")
-    assert main(["check", str(path), "--topology", topology_of(path)]) == 0
+    words = ["--quick"] if quick else []
+    assert main(["check", str(path), "--topology", topology_of(path), *words]) == 0
     text = capsys.readouterr().out
     assert "completion tokens/s" in " ".join(text.split())
     for name in ("rollout", "train"):
