@@ -1,5 +1,6 @@
 """Ahead of time: counts of compiled programs, topologies, what fits, and the slices in tpu/."""
 
+import math
 import re
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from jaxgrpo.ahead.hlo import count
 from jaxgrpo.ahead.suggest import candidates, describe
 from jaxgrpo.config import ConfigError, MeshConfig
 from jaxgrpo.config_files import load_config
-from jaxgrpo.mesh import make_mesh, sharding
+from jaxgrpo.mesh import make_mesh, shard_rows, sharding
+from jaxgrpo.model.api import Qwen2Config, base_logical_axes, completion_logprobs, init_base
 from jaxgrpo.run import EMBEDDED_CONFIG, main
 from tests.test_layout import ROOT
 
@@ -67,6 +69,135 @@ def test_collectives_are_counted_by_kind_group_and_size():
     assert counts.flops == 2 * 2 * 8 * 32  # a quarter of the rows, half of what is summed over
     (((kind, size), found),) = counts.collectives.items()
     assert (kind, size, found.count, found.bytes) == ("all-reduce", 2, 1, 2 * 32 * 4)
+
+
+NESTED = """HloModule nested
+
+%slice (stack: f32[28,8,16], i: s32[]) -> f32[8,16] {
+  %stack = f32[28,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %cut = f32[1,8,16]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = f32[8,16]{1,0} bitcast(%cut)
+}
+
+%product (stack: f32[28,8,16], i: s32[], x: f32[4,8], kept: f32[28,4,16]) -> f32[28,4,16] {
+  %stack = f32[28,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[4,8]{1,0} parameter(2)
+  %kept = f32[28,4,16]{2,1,0} parameter(3)
+  %zero = s32[] constant(0)
+  %w = f32[8,16]{1,0} fusion(%stack, %i), kind=kLoop, calls=%slice
+  %y = f32[4,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %row = f32[1,4,16]{2,1,0} bitcast(%y)
+  ROOT %put = f32[28,4,16]{2,1,0} dynamic-update-slice(%kept, %row, %i, %zero, %zero)
+}
+
+ENTRY %main (stack: f32[28,8,16], i: s32[], x: f32[4,8], kept: f32[28,4,16]) -> f32[28,4,16] {
+  %stack = f32[28,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[4,8]{1,0} parameter(2)
+  %kept = f32[28,4,16]{2,1,0} parameter(3)
+  ROOT %all = f32[28,4,16]{2,1,0} fusion(%stack, %i, %x, %kept), kind=kOutput, calls=%product
+}
+"""
+
+
+STARTED = """HloModule started
+
+%start (part: bf16[8,16]) -> (bf16[8,16], bf16[32,16], u32[]) {
+  %part = bf16[8,16]{1,0} parameter(0)
+  %all-gather.1 = bf16[32,16]{1,0} all-gather(%part), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %begin = (bf16[8,16]{1,0}, bf16[32,16]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (part: bf16[8,16], all: bf16[32,16], flag: u32[], x: f32[4,4]) -> (f32[4,4], bf16[8,16], bf16[32,16], bf16[32,16], u32[]) {
+  %part = bf16[8,16]{1,0} parameter(0)
+  %all = bf16[32,16]{1,0} parameter(1)
+  %flag = u32[] parameter(2)
+  %x = f32[4,4]{1,0} parameter(3)
+  %y = f32[4,4]{1,0} negate(%x)
+  %all-gather.2 = bf16[32,16]{1,0} all-gather(%part), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %results = (f32[4,4]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}, bf16[32,16]{1,0}, u32[]) tuple(%y, %part, %all, %all-gather.2, %flag)
+}
+
+%done (part: bf16[8,16], all: bf16[32,16], flag: u32[]) -> bf16[32,16] {
+  %part = bf16[8,16]{1,0} parameter(0)
+  %all = bf16[32,16]{1,0} parameter(1)
+  %all-gather.3 = bf16[32,16]{1,0} all-gather(%part), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  %flag = u32[] parameter(2)
+  ROOT %end = bf16[32,16]{1,0} custom-call(%part, %all, %all-gather.3, %flag), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (part: bf16[8,16], x: f32[4,4]) -> (f32[4,4], bf16[32,16]) {
+  %part = bf16[8,16]{1,0} parameter(0)
+  %x = f32[4,4]{1,0} parameter(1)
+  %first = (bf16[8,16]{1,0}, bf16[32,16]{1,0}, u32[]) fusion(%part), kind=kCustom, calls=%start
+  %p1 = bf16[8,16]{1,0} get-tuple-element(%first), index=0
+  %a1 = bf16[32,16]{1,0} get-tuple-element(%first), index=1
+  %f1 = u32[] get-tuple-element(%first), index=2
+  %beside = (f32[4,4]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}, bf16[32,16]{1,0}, u32[]) fusion(%p1, %a1, %f1, %x), kind=kOutput, calls=%meanwhile
+  %y = f32[4,4]{1,0} get-tuple-element(%beside), index=0
+  %p2 = bf16[8,16]{1,0} get-tuple-element(%beside), index=1
+  %a2 = bf16[32,16]{1,0} get-tuple-element(%beside), index=2
+  %f2 = u32[] get-tuple-element(%beside), index=4
+  %all = bf16[32,16]{1,0} fusion(%p2, %a2, %f2), kind=kCustom, calls=%done
+  ROOT %both = (f32[4,4]{1,0}, bf16[32,16]{1,0}) tuple(%y, %all)
+}
+"""  # noqa: E501
+
+
+def test_a_collective_that_runs_beside_fusions_counts_once_and_not_as_their_memory():
+    counts = count(STARTED)
+    (((kind, size), found),) = counts.collectives.items()
+    assert (kind, size, found.count, found.bytes) == ("all-gather", 4, 1, 32 * 16 * 2)
+    assert counts.bytes == 2 * 4 * 4 * 4  # what is computed meanwhile
+
+
+def test_groups_written_as_axes_of_a_mesh_have_their_size():
+    line = "%r = f32[8]{0} all-reduce(%x), replica_groups=mesh['a'=1,'b'=4,'c'=2]"
+    body = "ENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n  ROOT "
+    for order in ("", ", device_ids=([2,4]T(1,0))"):
+        counts = count(f"{body}{line}{order} {{'b'}}, to_apply=%add\n}}")
+        assert list(counts.collectives) == [("all-reduce", 4)]
+
+
+def test_of_a_stack_that_a_fusion_inside_a_fusion_slices_the_slice_is_read():
+    counts = count(NESTED)
+    assert counts.flops == 2 * 4 * 8 * 16
+    index, update = 4, 4 * 4 * 16
+    assert counts.bytes == 4 * 8 * 16 + index + 4 * 4 * 8 + 2 * update
+
+
+def test_more_devices_take_more_rows_in_chunks_as_long_as_before():
+    """The head's table is read once a chunk: shorter ones would read it more often."""
+    model = Qwen2Config(64, 48, 80, 2, 4, 2, tie_word_embeddings=False)
+    whole = init_base(model, jax.random.key(0))
+    width, chunk = 32, 8
+    for sizes in ((1, 1, 1), (2, 4, 1)):
+        devices = math.prod(sizes)
+        rows = [jnp.zeros((2 * devices, n), jnp.int32) for n in (40, width)]
+
+        def loss(base, tokens, completions):
+            starts = jnp.full(len(tokens), 4)
+            found = completion_logprobs(
+                model, base, None, None, tokens, starts, completions,
+                temperature=1.0, chunk_tokens=chunk, remat="full",
+            )  # fmt: skip
+            return jnp.sum(found[0])
+
+        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            base = jax.tree.map(
+                lambda names, x, mesh=mesh: jax.device_put(x, sharding(mesh, names)),
+                base_logical_axes(model),
+                whole,
+                is_leaf=lambda x: isinstance(x, tuple),
+            )
+            placed = shard_rows(mesh, rows)
+            counts = count(jax.jit(loss).lower(base, *placed).compile().as_text(), devices)
+        # Two rows a device: eight tokens are four columns.
+        assert max(times for _, _, times in counts.pieces) == width / 4
 
 
 def test_the_compilers_own_complaint_is_read():
