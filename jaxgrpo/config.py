@@ -191,7 +191,8 @@ class GrpoConfig:
     micro_batches: int = 1
     """The step's rows are split into this many parts, scanned one after another."""
     logprob_chunk_tokens: int = 1024
-    """Logits are made for this many tokens at a time, forward and backward."""
+    """Logits are made for this many tokens of each device's rows at a time; the head's table is
+    read once for each of these chunks."""
 
     def __post_init__(self) -> None:
         _require(

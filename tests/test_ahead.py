@@ -1,5 +1,6 @@
 """Ahead of time: counts of compiled programs, topologies, what fits, and the slices in tpu/."""
 
+import math
 import re
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from jaxgrpo.ahead.hlo import count
 from jaxgrpo.ahead.suggest import candidates, describe
 from jaxgrpo.config import ConfigError, MeshConfig
 from jaxgrpo.config_files import load_config
-from jaxgrpo.mesh import make_mesh, sharding
+from jaxgrpo.mesh import make_mesh, shard_rows, sharding
+from jaxgrpo.model.api import Qwen2Config, base_logical_axes, completion_logprobs, init_base
 from jaxgrpo.run import EMBEDDED_CONFIG, main
 from tests.test_layout import ROOT
 
 SLICES = sorted((ROOT / "tpu").glob("v*.yaml"))
-IN_CI = ("v5e-8_0.5b",)
+IN_CI = ("v5e-8_0.5b", "v5e-16_1.5b")
 
 
 def topology_of(path: Path) -> str:
@@ -69,6 +71,135 @@ def test_collectives_are_counted_by_kind_group_and_size():
     assert (kind, size, found.count, found.bytes) == ("all-reduce", 2, 1, 2 * 32 * 4)
 
 
+NESTED = """HloModule nested
+
+%slice (stack: f32[28,8,16], i: s32[]) -> f32[8,16] {
+  %stack = f32[28,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %cut = f32[1,8,16]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = f32[8,16]{1,0} bitcast(%cut)
+}
+
+%product (stack: f32[28,8,16], i: s32[], x: f32[4,8], kept: f32[28,4,16]) -> f32[28,4,16] {
+  %stack = f32[28,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[4,8]{1,0} parameter(2)
+  %kept = f32[28,4,16]{2,1,0} parameter(3)
+  %zero = s32[] constant(0)
+  %w = f32[8,16]{1,0} fusion(%stack, %i), kind=kLoop, calls=%slice
+  %y = f32[4,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %row = f32[1,4,16]{2,1,0} bitcast(%y)
+  ROOT %put = f32[28,4,16]{2,1,0} dynamic-update-slice(%kept, %row, %i, %zero, %zero)
+}
+
+ENTRY %main (stack: f32[28,8,16], i: s32[], x: f32[4,8], kept: f32[28,4,16]) -> f32[28,4,16] {
+  %stack = f32[28,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[4,8]{1,0} parameter(2)
+  %kept = f32[28,4,16]{2,1,0} parameter(3)
+  ROOT %all = f32[28,4,16]{2,1,0} fusion(%stack, %i, %x, %kept), kind=kOutput, calls=%product
+}
+"""
+
+
+STARTED = """HloModule started
+
+%start (part: bf16[8,16]) -> (bf16[8,16], bf16[32,16], u32[]) {
+  %part = bf16[8,16]{1,0} parameter(0)
+  %all-gather.1 = bf16[32,16]{1,0} all-gather(%part), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %begin = (bf16[8,16]{1,0}, bf16[32,16]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (part: bf16[8,16], all: bf16[32,16], flag: u32[], x: f32[4,4]) -> (f32[4,4], bf16[8,16], bf16[32,16], bf16[32,16], u32[]) {
+  %part = bf16[8,16]{1,0} parameter(0)
+  %all = bf16[32,16]{1,0} parameter(1)
+  %flag = u32[] parameter(2)
+  %x = f32[4,4]{1,0} parameter(3)
+  %y = f32[4,4]{1,0} negate(%x)
+  %all-gather.2 = bf16[32,16]{1,0} all-gather(%part), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %results = (f32[4,4]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}, bf16[32,16]{1,0}, u32[]) tuple(%y, %part, %all, %all-gather.2, %flag)
+}
+
+%done (part: bf16[8,16], all: bf16[32,16], flag: u32[]) -> bf16[32,16] {
+  %part = bf16[8,16]{1,0} parameter(0)
+  %all = bf16[32,16]{1,0} parameter(1)
+  %all-gather.3 = bf16[32,16]{1,0} all-gather(%part), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  %flag = u32[] parameter(2)
+  ROOT %end = bf16[32,16]{1,0} custom-call(%part, %all, %all-gather.3, %flag), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (part: bf16[8,16], x: f32[4,4]) -> (f32[4,4], bf16[32,16]) {
+  %part = bf16[8,16]{1,0} parameter(0)
+  %x = f32[4,4]{1,0} parameter(1)
+  %first = (bf16[8,16]{1,0}, bf16[32,16]{1,0}, u32[]) fusion(%part), kind=kCustom, calls=%start
+  %p1 = bf16[8,16]{1,0} get-tuple-element(%first), index=0
+  %a1 = bf16[32,16]{1,0} get-tuple-element(%first), index=1
+  %f1 = u32[] get-tuple-element(%first), index=2
+  %beside = (f32[4,4]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}, bf16[32,16]{1,0}, u32[]) fusion(%p1, %a1, %f1, %x), kind=kOutput, calls=%meanwhile
+  %y = f32[4,4]{1,0} get-tuple-element(%beside), index=0
+  %p2 = bf16[8,16]{1,0} get-tuple-element(%beside), index=1
+  %a2 = bf16[32,16]{1,0} get-tuple-element(%beside), index=2
+  %f2 = u32[] get-tuple-element(%beside), index=4
+  %all = bf16[32,16]{1,0} fusion(%p2, %a2, %f2), kind=kCustom, calls=%done
+  ROOT %both = (f32[4,4]{1,0}, bf16[32,16]{1,0}) tuple(%y, %all)
+}
+"""  # noqa: E501
+
+
+def test_a_collective_that_runs_beside_fusions_counts_once_and_not_as_their_memory():
+    counts = count(STARTED)
+    (((kind, size), found),) = counts.collectives.items()
+    assert (kind, size, found.count, found.bytes) == ("all-gather", 4, 1, 32 * 16 * 2)
+    assert counts.bytes == 2 * 4 * 4 * 4  # what is computed meanwhile
+
+
+def test_groups_written_as_axes_of_a_mesh_have_their_size():
+    line = "%r = f32[8]{0} all-reduce(%x), replica_groups=mesh['a'=1,'b'=4,'c'=2]"
+    body = "ENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n  ROOT "
+    for order in ("", ", device_ids=([2,4]T(1,0))"):
+        counts = count(f"{body}{line}{order} {{'b'}}, to_apply=%add\n}}")
+        assert list(counts.collectives) == [("all-reduce", 4)]
+
+
+def test_of_a_stack_that_a_fusion_inside_a_fusion_slices_the_slice_is_read():
+    counts = count(NESTED)
+    assert counts.flops == 2 * 4 * 8 * 16
+    index, update = 4, 4 * 4 * 16
+    assert counts.bytes == 4 * 8 * 16 + index + 4 * 4 * 8 + 2 * update
+
+
+def test_more_devices_take_more_rows_in_chunks_as_long_as_before():
+    """The head's table is read once a chunk: shorter ones would read it more often."""
+    model = Qwen2Config(64, 48, 80, 2, 4, 2, tie_word_embeddings=False)
+    whole = init_base(model, jax.random.key(0))
+    width, chunk = 32, 8
+    for sizes in ((1, 1, 1), (2, 4, 1)):
+        devices = math.prod(sizes)
+        rows = [jnp.zeros((2 * devices, n), jnp.int32) for n in (40, width)]
+
+        def loss(base, tokens, completions):
+            starts = jnp.full(len(tokens), 4)
+            found = completion_logprobs(
+                model, base, None, None, tokens, starts, completions,
+                temperature=1.0, chunk_tokens=chunk, remat="full",
+            )  # fmt: skip
+            return jnp.sum(found[0])
+
+        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            base = jax.tree.map(
+                lambda names, x, mesh=mesh: jax.device_put(x, sharding(mesh, names)),
+                base_logical_axes(model),
+                whole,
+                is_leaf=lambda x: isinstance(x, tuple),
+            )
+            placed = shard_rows(mesh, rows)
+            counts = count(jax.jit(loss).lower(base, *placed).compile().as_text(), devices)
+        # Two rows a device: eight tokens are four columns.
+        assert max(times for _, _, times in counts.pieces) == width / 4
+
+
 def test_the_compilers_own_complaint_is_read():
     tail = "exceeds available HBM (15.75G). HLO module: jit_train_step."
     assert needed_bytes(f"the total memory required for HLO temporaries (20.5G) {tail}") == int(
@@ -95,6 +226,7 @@ def test_topologies():
         (["--topology", "v5e:2x2x1"], "v5e slices have 2 dimensions"),
         (["--topology", "16"], "is not written as CHIP:AxB"),
         (["--topology"], "--topology needs a value"),
+        (["--devices", "8", "--quick"], "it goes with --topology"),
         (["--devices", "0"], "no number from 1 to 4096"),
         (["--devices=8", "--topology=v5e:4x4"], "give one of them"),
         (["--devices", "8", "mesh.data=3"], "needs 3 devices, there are 8"),
@@ -118,7 +250,7 @@ def test_compiled_operations_agree_with_the_formulas_on_a_simulated_mesh(capsys)
         assert counted == pytest.approx(formula, abs=0.002)
 
 
-@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize("remat", ["full", "products", "none"])
 def test_operations_agree_within_five_percent(remat):
     settings = ["rollout.max_completion_tokens=32", "grpo.micro_batches=2", f"model.remat={remat}"]
     config = load_config([EMBEDDED_CONFIG], settings)
@@ -152,12 +284,16 @@ def test_what_does_not_fit_is_offered_the_least_change_first():
 
 
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=[] if p.stem in IN_CI else pytest.mark.slow, id=p.stem) for p in SLICES],
+    ("path", "quick"),
+    [
+        *(pytest.param(p, True, id=f"{p.stem}-quick") for p in SLICES if p.stem in IN_CI),
+        *(pytest.param(p, False, marks=pytest.mark.slow, id=p.stem) for p in SLICES),
+    ],
 )
-def test_every_slice_configuration_fits_its_slice(path, capsys):
+def test_every_slice_configuration_fits_its_slice(path, quick, capsys):
     pytest.importorskip("libtpu")
-    assert main(["check", str(path), "--topology", topology_of(path)]) == 0
+    words = ["--quick"] if quick else []
+    assert main(["check", str(path), "--topology", topology_of(path), *words]) == 0
     text = capsys.readouterr().out
     assert "completion tokens/s" in " ".join(text.split())
     for name in ("rollout", "train"):

@@ -34,7 +34,8 @@ if [ -n "${BUCKET:-}" ]; then
         mkdir -p ~/runs && { mountpoint -q ~/runs || gcsfuse --implicit-dirs $BUCKET ~/runs; }"
 fi
 # The same line on every host: they find each other.
-words="$(printf '%q ' "$@")"
+words=""
+[ $# -eq 0 ] || words="$(printf '%q ' "$@")"
 name="$(basename "$config" .yaml)"
 everywhere "cd ~/jaxgrpo && nohup .venv/bin/python -m jaxgrpo.run train $config \
     run_dir=\$HOME/runs/$name $words >~/train.log 2>&1 </dev/null & sleep 1; echo started"

@@ -45,6 +45,7 @@ class Estimate:
         memory: kind -> bytes per device; not all of them are held at once.
         phases: program -> bytes per device while it runs; of one that the compiler refused, what it
             says that it needs.
+        quick: compiled with less effort than a run would be (`QUICK_OPTIONS`).
         resharded: bytes that each device receives when the sampler's weights are laid out.
     """
 
@@ -58,6 +59,7 @@ class Estimate:
     phases: dict[str, int]
     limit: int | None
     resharded: int
+    quick: bool = False
 
     @property
     def shortfall(self) -> int:
@@ -91,16 +93,22 @@ class Estimate:
 
 
 def estimate(
-    config: Config, model: Qwen2Config, plan: RankPlan, mesh: Mesh, chip: Chip | None
+    config: Config,
+    model: Qwen2Config,
+    plan: RankPlan,
+    mesh: Mesh,
+    chip: Chip | None,
+    quick: bool = False,
 ) -> Estimate:
     """Compiles the programs of a run for a mesh and adds up what they say.
 
     Args:
         chip: what the mesh's devices are; None: whatever is here, without a roofline.
+        quick: compile in a third of the time, with `QUICK_OPTIONS`.
     """
     limit = local_memory(mesh) if chip is None else chip.hbm_bytes
     remat = resolve_remat(config, model, mesh, limit)
-    lowered = Lowered(config, model, plan, mesh, remat)
+    lowered = Lowered(config, model, plan, mesh, remat, quick)
     programs: dict[str, Program] = {}
     refused: dict[str, int] = {}
     for name in PROGRAMS:
@@ -129,6 +137,7 @@ def estimate(
         phases=phases,
         limit=limit,
         resharded=resharded_bytes(model, mesh),
+        quick=quick,
     )
 
 

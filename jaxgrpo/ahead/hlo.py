@@ -20,7 +20,10 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,<= ]*)\](\{[^{}]*\})?")
 _OPCODE = re.compile(r"\s([a-z][a-z0-9\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([0-9,]+)\}|\[(\d+),(\d+)\]|mesh\[(.*?)\] \{(.*?)\})")
+_GROUPS = re.compile(
+    r"replica_groups=(?:\{\{([0-9,]+)\}|\[(\d+),(\d+)\]"
+    r"|mesh\[([^\]]*)\](?:, device_ids=\S+)? \{(.*?)\})"
+)
 
 COLLECTIVES = (
     "all-reduce",
@@ -31,6 +34,8 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+_ASYNC = 'custom_call_target="AsyncCollective'
+"""Starts or ends a collective that runs beside fusions."""
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "add-dependency", "opt-barrier",
@@ -166,6 +171,7 @@ def _array(match: re.Match) -> Array:
 
 def _walk(module: Module, name: str, times: float, counts: Counts, devices: int) -> None:
     instructions = module[name][1]
+    channels: set[str] = set()
     for one in instructions.values():
         if one.opcode == "while":
             trips = _trips(module, instructions, one)
@@ -177,6 +183,9 @@ def _walk(module: Module, name: str, times: float, counts: Counts, devices: int)
         elif one.opcode == "conditional":
             _walk(module, _dearest(module, one, devices), times, counts, devices)
         else:
+            if one.opcode == "fusion":
+                for inner, each in _fused_collectives(module, one, channels):
+                    _book_collective(inner, each, times, counts, devices)
             _book(module, instructions, one, times, counts, devices)
 
 
@@ -188,13 +197,8 @@ def _book(
     counts: Counts,
     devices: int,
 ) -> None:
-    kind = one.opcode.removesuffix("-start")
-    if kind in COLLECTIVES:
-        size = _group_size(one.rest, devices)
-        moved = _collective_bytes(one, instructions, kind)
-        entry = counts.collectives[(kind, size)]
-        entry.count += times
-        entry.bytes += times * moved
+    if _is_collective(one):
+        _book_collective(instructions, one, times, counts, devices)
         return
     if one.opcode in _FREE or one.opcode.endswith("-done"):
         return
@@ -203,6 +207,45 @@ def _book(
     counts.flops += times * flops
     counts.bytes += times * moved
     counts.pieces.append((flops, moved, times))
+
+
+def _is_collective(one: Instruction) -> bool:
+    return one.opcode.removesuffix("-start") in COLLECTIVES
+
+
+def _book_collective(
+    instructions: dict[str, Instruction],
+    one: Instruction,
+    times: float,
+    counts: Counts,
+    devices: int,
+) -> None:
+    kind = one.opcode.removesuffix("-start")
+    entry = counts.collectives[(kind, _group_size(one.rest, devices))]
+    entry.count += times
+    entry.bytes += times * _collective_bytes(one, instructions, kind)
+
+
+def _fused_collectives(
+    module: Module, fusion: Instruction, channels: set[str]
+) -> list[tuple[dict[str, Instruction], Instruction]]:
+    """The collectives inside a fusion, with the computation around them.
+
+    A TPU moves data while it computes: one collective is then written into several fusions, the
+    one that starts it and those that run meanwhile. `channels` are those met before.
+    """
+    inner = module[_called(fusion, "calls")][1]
+    found = []
+    for each in inner.values():
+        if each.opcode == "fusion":
+            found += _fused_collectives(module, each, channels)
+        elif _is_collective(each):
+            channel = re.search(r"channel_id=(\d+)", each.rest)
+            if channel is not None and channel[1] in channels:
+                continue
+            channels |= {channel[1]} if channel is not None else set()
+            found.append((inner, each))
+    return found
 
 
 def _collective_bytes(one: Instruction, instructions: dict[str, Instruction], kind: str) -> float:
@@ -364,51 +407,84 @@ def _bytes(module: Module, instructions: dict[str, Instruction], one: Instructio
     if one.opcode == "copy-start":
         return sum(array.hbm for array in one.results[:2])
     if one.opcode == "fusion":
-        return _fusion_bytes(module[_called(one, "calls")][1], one, instructions)
+        return _fusion_bytes(module, one, instructions)
     return read + written
 
 
-def _fusion_bytes(
-    inner: dict[str, Instruction], one: Instruction, instructions: dict[str, Instruction]
-) -> float:
+def _fusion_bytes(module: Module, one: Instruction, instructions: dict[str, Instruction]) -> float:
     """A fusion's operands and results; of an operand that is only sliced, the slices, and of one
     that is updated in place, the update."""
-    users: dict[str, list[Instruction]] = defaultdict(list)
-    for each in inner.values():
-        for name in each.operands:
-            users[name].append(each)
-    parameters = {int(each.inner): each for each in inner.values() if each.opcode == "parameter"}
     total, updated = 0.0, 0.0
     for number, name in enumerate(one.operands):
-        if name not in instructions:
+        whole = sum(array.hbm for array in _of(instructions, name)) if name in instructions else 0
+        if not whole:
             continue
-        whole = sum(array.hbm for array in _of(instructions, name))
-        parameter = parameters.get(number)
-        uses = _through_bitcasts(parameter, users) if parameter else []
-        if not whole or not uses:
+        parts = _parts(module, _called(one, "calls"), number)
+        if parts is None:
             total += whole
             continue
-        if all(use.opcode in ("dynamic-slice", "gather", "slice") for use in uses):
-            total += min(whole, sum(use.results[0].bytes for use in uses))
-        elif all(
-            use.opcode == "dynamic-update-slice"
-            and use.results[0].bytes == uses[0].results[0].bytes
-            for use in uses
-        ):
-            update = sum(sum(a.bytes for a in _of(inner, use.operands[1])) for use in uses)
-            total += update
-            updated += whole - update
+        read, update = parts
+        total += min(whole, read + update)
+        if update:
+            updated += max(whole - update, 0.0)
+    return total + max(_written(module[_called(one, "calls")][1], one) - updated, 0.0)
+
+
+def _written(inner: dict[str, Instruction], fusion: Instruction) -> float:
+    """Bytes of a fusion's results, without those that it hands through or that a collective
+    fills."""
+    last = list(inner.values())[-1]
+    if last.opcode == "custom-call" and _ASYNC in last.rest:
+        return 0.0
+    if last.opcode != "tuple" or len(last.operands) != len(fusion.results):
+        return sum(array.hbm for array in fusion.results)
+    total = 0.0
+    for name, array in zip(last.operands, fusion.results, strict=True):
+        source = inner.get(name)
+        while source is not None and source.opcode == "bitcast":
+            source = inner.get(source.operands[0])
+        if source is None or not (source.opcode == "parameter" or _is_collective(source)):
+            total += array.hbm
+    return total
+
+
+def _parts(module: Module, name: str, number: int) -> tuple[float, float] | None:
+    """Bytes that a fused computation slices out of a parameter, and bytes that it updates in it; in
+    fusions inside it too. None where it uses the whole; what it only hands on counts as nothing."""
+    inner = module[name][1]
+    users: dict[str, list[Instruction]] = defaultdict(list)
+    for each in inner.values():
+        for operand in dict.fromkeys(each.operands):
+            users[operand].append(each)
+    found = [p for p in inner.values() if p.opcode == "parameter" and int(p.inner) == number]
+    uses = _through_bitcasts(found[0], users) if found else []
+    if not uses:
+        return None
+    read, update = 0.0, 0.0
+    for source, use in uses:
+        if use.opcode in ("dynamic-slice", "gather", "slice"):
+            read += use.results[0].bytes
+        elif use.opcode == "dynamic-update-slice" and use.operands[0] == source:
+            update += sum(array.bytes for array in _of(inner, use.operands[1]))
+        elif _is_collective(use) or use.opcode == "tuple" or _ASYNC in use.rest:
+            continue
+        elif use.opcode == "fusion":
+            called = _called(use, "calls")
+            for place, operand in enumerate(use.operands):
+                parts = _parts(module, called, place) if operand == source else (0.0, 0.0)
+                if parts is None:
+                    return None
+                read, update = read + parts[0], update + parts[1]
         else:
-            total += whole
-    written = sum(array.hbm for array in one.results)
-    return total + max(written - updated, 0.0)
+            return None
+    return read, update
 
 
-def _through_bitcasts(start: Instruction, users: dict[str, list[Instruction]]) -> list[Instruction]:
-    found: list[Instruction] = []
+def _through_bitcasts(
+    start: Instruction, users: dict[str, list[Instruction]]
+) -> list[tuple[str, Instruction]]:
+    """What uses a value, bitcasts aside, and the name under which it does."""
+    found: list[tuple[str, Instruction]] = []
     for use in users[start.name]:
-        if use.opcode == "bitcast":
-            found += _through_bitcasts(use, users)
-        else:
-            found.append(use)
+        found += _through_bitcasts(use, users) if use.opcode == "bitcast" else [(start.name, use)]
     return found

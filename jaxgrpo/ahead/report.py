@@ -44,6 +44,11 @@ def print_estimate(
             "rewards and the host are not in it",
             highlight=False,
         )
+    if found.quick:
+        console.print(
+            "compiled quickly: bytes moved and times are up to a third above what a run's own "
+            "programs take"
+        )
 
 
 def _memory_table(found: Estimate) -> Table:

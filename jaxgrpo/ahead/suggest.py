@@ -123,7 +123,7 @@ def needed(config: Config, model: Qwen2Config, plan: RankPlan) -> float:
         kept = model.num_layers * model.hidden_size * size
     heads = model.num_heads / mesh.model * (prompt + completion) * 4 * 3
     inside = (4 * model.hidden_size + 4 * model.intermediate_size / mesh.model) * size
-    chunk = 3 * config.grpo.logprob_chunk_tokens / shards * model.vocab_size * 4 / mesh.model
+    chunk = 3 * config.grpo.logprob_chunk_tokens * model.vocab_size * 4 / mesh.model
     training = tokens * (kept + inside + heads) + chunk + state / 3
     return frozen + state + max(sampling, training)
 

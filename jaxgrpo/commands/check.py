@@ -24,6 +24,8 @@ class CheckSettings(Config):
     devices: int | None = None
     """So many devices of this machine, written --devices 8; without an accelerator they are
     simulated."""
+    quick: bool = False
+    """Compile with less effort, written --quick."""
 
     def plain(self) -> Config:
         """The run's own settings."""
@@ -31,11 +33,14 @@ class CheckSettings(Config):
 
 
 def take_options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Splits --topology and --devices off."""
+    """Splits --topology, --devices and --quick off."""
     rest, found = [], {}
     pending = list(words)
     while pending:
         name, equals, value = pending.pop(0).partition("=")
+        if name == "--quick" and not equals:
+            found["quick"] = True
+            continue
         if name not in ("--topology", "--devices"):
             rest.append(name + equals + value)
             continue
@@ -44,8 +49,10 @@ def take_options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
                 raise ConfigError(f"{name} needs a value, for instance --topology v5e:4x4")
             value = pending.pop(0)
         found[name[2:]] = value
-    if len(found) == 2:
+    if "topology" in found and "devices" in found:
         raise ConfigError("--topology and --devices both say where; give one of them")
+    if "quick" in found and "topology" not in found:
+        raise ConfigError("--quick is about compiling for TPUs; it goes with --topology")
     if "devices" in found:
         if not found["devices"].isdecimal() or not 1 <= int(found["devices"]) <= 4096:
             raise ConfigError(f"--devices {found['devices']!r:.20} is no number from 1 to 4096")
@@ -108,7 +115,7 @@ def compile_for(settings: CheckSettings, console: Console) -> int:
         mesh = make_mesh(config.mesh, devices)
         check_divisible(config, mesh)
         check_model_axis(model, mesh)
-        return estimate(config, model, plan, mesh, chip)
+        return estimate(config, model, plan, mesh, chip, settings.quick)
 
     found = examine(config, devices)
     where = str(topology) if topology else f"{len(devices)} x {devices[0].device_kind}"
@@ -174,6 +181,8 @@ CHECK = Command(
     "  --topology v5e:4x4   compile the run's own programs for that slice, here:\n"
     "                       does it fit, operations, traffic, time, tokens/s, and\n"
     "                       what to change if it does not fit (needs libtpu)\n"
+    "  --quick              that in a third of the time: fit, operations and traffic\n"
+    "                       as above, the step's time up to a third too long\n"
     "  --devices 8          the same for a mesh of simulated CPU devices\n\n"
     "A run that does not fit ends with 1.",
     "check lora.rank=4",

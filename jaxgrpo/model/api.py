@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import MODULES
-from jaxgrpo.mesh import on_one_device, rollout_bytes, to_rollout_layout
+from jaxgrpo.mesh import batch_parts, on_one_device, rollout_bytes, to_rollout_layout
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.kv_cache import LayerCache, cache_slots, init_completion_cache
 from jaxgrpo.model.lora import delta_kernel, device_plan, init_lora, plan_collection
@@ -198,13 +198,15 @@ def completion_logprobs(
     """Log-prob of every completion token, and the entropy of its distribution, both float32.
 
     The distribution is softmax(logits / temperature). Logits exist for about `chunk_tokens` tokens
-    at a time, in the backward pass too: [B, T, V] never does. Values off a row's completion mean
-    nothing and are finite.
+    per device at a time: [B, T, V] never does. Values off a row's completion mean nothing and are
+    finite.
     """
     hidden = hidden_states(
         config, base, lora, plan, tokens, remat=remat, packing=packing, joined=joined
     )
-    table = head_table(config, base)
+    # What is split over fsdp is gathered here, once, and not in every chunk.
+    table = to_rollout_layout(head_table(config, base), ("vocab", "embed"))
+    chunk_tokens *= batch_parts()
     if packing is not None:
         hidden = scored_from_rows(hidden, packing)
         found = token_logprobs(table, hidden, packing.targets, temperature, chunk_tokens)
