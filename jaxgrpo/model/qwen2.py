@@ -485,11 +485,15 @@ def choose_remat(config: Qwen2Config, remat: str, tokens: int, attended: int = 0
 def remat_that_fits(config: Qwen2Config, tokens: int, memory: int, attended: int = 0) -> str:
     """What `auto` is for so many tokens on one device of `memory` bytes; 0: not known.
 
-    `products` may take half of the memory, or on a large device all that is left beside weights
-    (frozen, joined with the adapters, and the sampler's), a chunk of the head and a reserve.
+    `products` may take half of the memory, and on one GPU, where it was measured, all that is left
+    beside weights (frozen, joined with the adapters, and the sampler's), a chunk of the head and a
+    reserve.
     """
     size = config.compute_dtype.itemsize
     kept = tokens * kept_bytes_per_token(config)
     kept += attended * config.num_layers * config.module_shapes["o_proj"][0] * size
-    beside = 3 * config.num_parameters * size + HEAD_BYTES * config.vocab_size
-    return "products" if kept < max(0.5 * memory, 0.9 * memory - beside) else "full"
+    room = 0.5 * memory
+    if fuse_adapters():
+        beside = 3 * config.num_parameters * size + HEAD_BYTES * config.vocab_size
+        room = max(room, 0.9 * memory - beside)
+    return "products" if kept < room else "full"
