@@ -89,25 +89,31 @@ def make_grpo(micro_batches):
     )  # fmt: skip
 
 
+def gradients_of(weights, batch, remat):
+    base, lora = weights
+    gradients = make_gradients(
+        CONFIG, make_grpo(2), TEMPERATURE, WIDTH, remat, objective="grpo", by_kernels=True
+    )
+    return jax.jit(gradients)(lora, base, device_plan(PLAN), on_device(batch))
+
+
+@pytest.fixture(scope="module")
+def whole_rows(weights):
+    """What unpacked rows give with everything kept and nothing fused."""
+    return gradients_of(weights, make_batches(micro_batches=2, shards=1)[0], "none")
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("remat", ["full", "products"])
-def test_packed_gradients_equal_those_of_whole_rows(weights, monkeypatch, fused, remat):
+def test_packed_gradients_equal_those_of_whole_rows(weights, whole_rows, monkeypatch, fused, remat):
     """`fused` is what a GPU runs: adapters inside the products, layers written out."""
-    base, lora = weights
     plain, packed = make_batches(micro_batches=2, shards=1)
-
-    def run(batch, remat):
-        gradients = make_gradients(
-            CONFIG, make_grpo(2), TEMPERATURE, WIDTH, remat, objective="grpo", by_kernels=True
-        )
-        return jax.jit(gradients)(lora, base, device_plan(PLAN), on_device(batch))
-
-    want = run(plain, "none")
     monkeypatch.setattr(qwen2, "fuse_adapters", lambda: fused)
     monkeypatch.setattr(qwen2, "unroll_layers", lambda remat: fused)
     mask = plain.loss_mask
+    want = whole_rows
     for batch in (plain, packed):
-        loss, grads, kernel_grads, logprobs, entropy = run(batch, remat)
+        loss, grads, kernel_grads, logprobs, entropy = gradients_of(weights, batch, remat)
         chex.assert_trees_all_close(loss, want[0], rtol=1e-4, atol=1e-6)
         assert_gradients_close(grads, want[1])
         assert_gradients_close(kernel_grads, want[2])

@@ -4,13 +4,20 @@ down its words. Nothing here says that the cloud accepts them."""
 
 from __future__ import annotations
 
+import math
 import os
+import shlex
+import shutil
 import stat
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 
+from jaxgrpo.config_files import load_config
+from jaxgrpo.study.sweep import SweepConfig
 from tests.test_layout import ROOT
 
 GCLOUD = r"""#!/usr/bin/env bash
@@ -44,6 +51,8 @@ TPU = ["compute", "tpus", "tpu-vm"]
 @pytest.fixture
 def fake(tmp_path):
     """A directory with `bin` for the PATH and `home` for what lies on the hosts."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("sync.sh copies what git knows")
     for name, text in (("bin/gcloud", GCLOUD), ("bin/gcsfuse", NOTES), ("bin/mountpoint", NOTES),
                        ("home/jaxgrpo/.venv/bin/python", NOTES)):  # fmt: skip
         path = tmp_path / name
@@ -131,39 +140,83 @@ def test_spot_slices_and_software_are_asked_for(fake):
 
 
 @pytest.mark.parametrize(
-    ("words", "settings", "message"),
+    ("words", "settings", "code", "message"),
     [
-        (["tpu/none.yaml"], {}, "tpu/none.yaml is not a file of the repository"),
-        ([], {}, "name a configuration"),
-        (["tpu/v5e-16_1.5b.yaml"], {"TYPE": "v4-8"}, "none of v5litepod-N"),
-        (["tpu/v5e-16_1.5b.yaml"], {"TPU_NAME": None}, "set TPU_NAME"),
-        (["tpu/v5e-16_1.5b.yaml"], {"ZONE": None}, "set ZONE"),
+        (["tpu/none.yaml"], {}, 2, "tpu/none.yaml is not a file of the repository"),
+        ([], {}, 1, "name a configuration"),
+        (["tpu/v5e-16_1.5b.yaml"], {"TYPE": "v4-8"}, 2, "none of v5litepod-N"),
+        (["tpu/v5e-16_1.5b.yaml"], {"TPU_NAME": None}, 1, "set TPU_NAME"),
+        (["tpu/v5e-16_1.5b.yaml"], {"ZONE": None}, 1, "set ZONE"),
     ],
 )
-def test_launch_refuses_before_it_asks_for_anything(fake, words, settings, message):
-    done = run(fake, "launch.sh", *words, expect=2 if "none" in message or "not" in message else 1,
-               **settings)  # fmt: skip
-    assert message in done.stderr
+def test_launch_refuses_before_it_asks_for_anything(fake, words, settings, code, message):
+    assert message in run(fake, "launch.sh", *words, expect=code, **settings).stderr
     assert not [words for words in calls(fake) if words[:3] == TPU]
 
 
-def test_fetch_and_delete(fake, tmp_path):
-    (fake / "slice").touch()
-    run(fake, "delete.sh", YES="1")
-    assert calls(fake)[-1] == [*TPU, "delete", "mine", *PLACE, "--quiet"]
+def test_delete_asks_unless_told_not_to(fake):
+    for settings, more in (({}, []), ({"YES": "1"}, ["--quiet"])):
+        (fake / "slice").touch()
+        run(fake, "delete.sh", **settings)
+        assert calls(fake)[-1] == [*TPU, "delete", "mine", *PLACE, *more]
+
+
+def test_fetch_copies_a_run_here(fake):
     (fake / "home/runs/some").mkdir(parents=True)
     (fake / "home/runs/some/metrics.jsonl").write_text("{}\n")
-    copy = tmp_path / "elsewhere"
-    subprocess.run(["cp", "-r", str(ROOT / "tpu"), str(copy / "tpu")], check=False)
-    copy.mkdir(exist_ok=True)
-    subprocess.run(["cp", "-r", str(ROOT / "tpu"), str(copy)], check=True)
-    subprocess.run(
-        ["bash", str(copy / "tpu/fetch.sh"), "some"],
-        env={"FAKE": str(fake), "PATH": f"{fake / 'bin'}:/usr/bin:/bin", "HOME": str(fake),
-             **SETTINGS},
-        check=True,
-    )  # fmt: skip
-    asked = calls(fake)[-1]
-    there = ["scp", "--recurse", "mine:runs/some", f"{copy}/runs/", *PLACE, "--worker=0"]
-    assert asked == [*TPU, *there]
-    assert (copy / "runs/some/metrics.jsonl").read_text() == "{}\n"
+    here = fake / "repository"
+    shutil.copytree(ROOT / "tpu", here / "tpu")
+    run(fake, here / "tpu" / "fetch.sh", "some")
+    there = ["mine:runs/some", f"{here}/runs/", *PLACE, "--worker=0"]
+    assert calls(fake)[-1] == [*TPU, "scp", "--recurse", *there]
+    assert (here / "runs/some/metrics.jsonl").read_text() == "{}\n"
+
+
+# ray.io/v1 of KubeRay: github.com/ray-project/kuberay, ray-operator/apis/ray/v1/*_types.go
+RAY_JOB = {
+    "activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint",
+    "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId", "managedBy",
+    "metadata", "rayClusterSpec", "runtimeEnvYAML", "shutdownAfterJobFinishes", "submissionMode",
+    "submitterConfig", "submitterPodTemplate", "suspend", "ttlSecondsAfterFinished",
+}  # fmt: skip
+RAY_CLUSTER = {
+    "autoscalerOptions", "enableInTreeAutoscaling", "headGroupSpec", "headServiceAnnotations",
+    "rayVersion", "suspend", "workerGroupSpecs",
+}  # fmt: skip
+WORKER_GROUP = {
+    "groupName", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams", "replicas",
+    "scaleStrategy", "template",
+}  # fmt: skip
+
+
+def test_the_ray_job_has_kuberays_fields_whole_slices_and_a_sweep_that_is_read(monkeypatch):
+    job = yaml.safe_load((ROOT / "tpu" / "rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    cluster = spec["rayClusterSpec"]
+    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert spec.keys() <= RAY_JOB and cluster.keys() <= RAY_CLUSTER
+    assert head.keys() == {"rayStartParams", "template"}
+    assert {"groupName", "minReplicas", "maxReplicas"} <= workers.keys() <= WORKER_GROUP
+    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+    for group in (head, workers):
+        assert isinstance(group["rayStartParams"], dict)
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    pod = workers["template"]["spec"]
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    chips = int(pod["containers"][0]["resources"]["requests"]["google.com/tpu"])
+    assert workers["numOfHosts"] * chips == math.prod(map(int, topology.split("x")))
+
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(spec["entrypoint"])
+    assert words[:4] == ["python", "-m", "jaxgrpo.run", "sweep"]
+    config, first, *rest = words[4:]
+    sweep = load_config([Path(config)], [first, *rest], SweepConfig).sweep
+    assert (sweep.hosts, sweep.tpus) == (workers["numOfHosts"], chips)
+    assert sweep.tpu_topology == topology
+    volume = pod["containers"][0]["volumeMounts"][0]["mountPath"]
+    assert first.startswith(f"run_dir={volume}/")

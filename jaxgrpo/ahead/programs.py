@@ -38,7 +38,7 @@ from jaxgrpo.types import LoraPlan, Packing, TrainBatch, TrainState, Tree
 PROGRAMS = ("merge", "rollout", "train")
 """The sampler's copy of the weights; prompts to completions; one optimizer update."""
 
-QUICK_OPTIONS = {"exec_time_optimization_effort": -0.5}
+QUICK_OPTIONS = {"exec_time_optimization_effort": -1.0}
 """Has XLA skip what makes programs faster and compiling slow, prefetching into the chip's own
 memory above all: operations and collectives stay the same, bytes grow by up to a third."""
 
