@@ -12,6 +12,7 @@ from jaxgrpo.grpo.step import init_train_state, make_gradients, make_logprobs, m
 from jaxgrpo.mesh import make_mesh, replicate, shard_rows, to_host
 from jaxgrpo.model import qwen2
 from jaxgrpo.model.api import Qwen2Config, completion_logprobs, device_plan, init_base, init_lora
+from jaxgrpo.model.qwen2 import causal_attention
 from jaxgrpo.packing import pack_rows
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.types import TrainBatch
@@ -174,3 +175,50 @@ def test_groups_that_do_not_divide_are_not_packed():
         )
         is None
     )  # fmt: skip
+
+
+def _only_rows(x, lengths, rest):
+    real = jnp.arange(x.shape[1])[None, :] < lengths[:, None]
+    return jnp.where(real[:, :, None, None], x, rest)
+
+
+@jax.custom_vjp
+def attention_of_rows_alone(q, k, v, lengths):
+    """As cuDNN's: what is off the rows is not used, and NaN in output and gradients."""
+    return _only_rows(causal_attention(q, k, v, None), lengths, jnp.nan)
+
+
+def _attention_forward(q, k, v, lengths):
+    return attention_of_rows_alone(q, k, v, lengths), (q, k, v, lengths)
+
+
+def _attention_backward(saved, dy):
+    *inputs, lengths = saved
+    _, back = jax.vjp(lambda q, k, v: causal_attention(q, k, v, None), *inputs)
+    grads = back(_only_rows(dy, lengths, 0.0))
+    return *(_only_rows(dx, lengths, jnp.nan) for dx in grads), None
+
+
+attention_of_rows_alone.defvjp(_attention_forward, _attention_backward)
+
+
+def test_nothing_off_the_rows_is_used(weights, monkeypatch):
+    base, lora = weights
+    _, packed = make_batches(micro_batches=2, shards=1)
+
+    def run():
+        gradients = make_gradients(
+            CONFIG, make_grpo(2), TEMPERATURE, WIDTH, "full", objective="grpo", by_kernels=False
+        )
+        loss, grads, *_ = jax.jit(gradients)(lora, base, device_plan(PLAN), on_device(packed))
+        return loss, grads
+
+    want = run()
+    monkeypatch.setattr(
+        qwen2,
+        "causal_attention",
+        lambda q, k, v, mask, lengths: attention_of_rows_alone(q, k, v, lengths),
+    )
+    loss, grads = run()
+    chex.assert_trees_all_close(loss, want[0], rtol=1e-6)
+    assert_gradients_close(grads, want[1])
