@@ -308,7 +308,7 @@ def test_every_slice_configuration_fits_its_slice(path, quick, capsys):
 def test_a_suggestion_fits_when_it_is_taken(capsys):
     pytest.importorskip("libtpu")
     path = str(ROOT / "tpu" / "v5e-8_0.5b.yaml")
-    large = ["grpo.micro_batches=1", "grpo.prompts_per_step=128", "--topology", "v5e:2x4"]
+    large = ["grpo.micro_batches=1", "grpo.prompts_per_step=160", "--topology", "v5e:2x4"]
     assert main(["check", path, *large]) == 1
     text = " ".join(capsys.readouterr().out.split())
     assert re.search(r"does not fit: [0-9.]+ GiB short per chip", text)
