@@ -40,7 +40,8 @@ PROGRAMS = ("merge", "rollout", "train")
 
 QUICK_OPTIONS = {"exec_time_optimization_effort": -1.0}
 """Has XLA skip what makes programs faster and compiling slow, prefetching into the chip's own
-memory above all: operations and collectives stay the same, bytes grow by up to a third."""
+memory above all: operations and collectives stay the same. Seen: two thirds more bytes in the
+train step, one third in the rollout."""
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ def print_estimate(
         )
     if found.quick:
         console.print(
-            "compiled quickly: bytes moved and times are up to a third above what a run's own "
-            "programs take"
+            "compiled quickly: a run's own programs move fewer bytes, up to two fifths, and their "
+            "steps are up to a quarter shorter"
         )
 
 

@@ -182,7 +182,7 @@ CHECK = Command(
     "                       does it fit, operations, traffic, time, tokens/s, and\n"
     "                       what to change if it does not fit (needs libtpu)\n"
     "  --quick              that in a third of the time: fit, operations and traffic\n"
-    "                       as above, but up to a third more bytes and time\n"
+    "                       as above, but more bytes, and steps up to 40 % longer\n"
     "  --devices 8          the same for a mesh of simulated CPU devices\n\n"
     "A run that does not fit ends with 1.",
     "check lora.rank=4",
