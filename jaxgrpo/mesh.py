@@ -187,16 +187,11 @@ def batch_shards(mesh: Mesh) -> int:
 def shard_rows(mesh: Mesh, tree: Any) -> Any:
     """Host arrays -> global arrays split along their first axis. The one way onto the devices."""
 
-    def split(x: np.ndarray) -> NamedSharding:
-        return sharding(mesh, ("act_batch", *(None,) * (x.ndim - 1)))
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        spec = sharding(mesh, ("act_batch", *(None,) * (x.ndim - 1)))
+        return jax.make_array_from_callback(x.shape, spec, lambda index: x[index])
 
-    def put(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, split(x), lambda index: x[index])
-
-    tree = jax.tree.map(np.asarray, tree)
-    if jax.process_count() == 1:
-        # All at once: one by one, the calls take longer than the bytes.
-        return jax.device_put(tree, jax.tree.map(split, tree))
     return jax.tree.map(put, tree)
 
 

@@ -203,22 +203,13 @@ attention_of_rows_alone.defvjp(_attention_forward, _attention_backward)
 
 
 def test_nothing_off_the_rows_is_used(weights, monkeypatch):
-    base, lora = weights
     _, packed = make_batches(micro_batches=2, shards=1)
-
-    def run():
-        gradients = make_gradients(
-            CONFIG, make_grpo(2), TEMPERATURE, WIDTH, "full", objective="grpo", by_kernels=False
-        )
-        loss, grads, *_ = jax.jit(gradients)(lora, base, device_plan(PLAN), on_device(packed))
-        return loss, grads
-
-    want = run()
+    want = gradients_of(weights, packed, "full")
     monkeypatch.setattr(
         qwen2,
         "causal_attention",
         lambda q, k, v, mask, lengths: attention_of_rows_alone(q, k, v, lengths),
     )
-    loss, grads = run()
+    loss, grads, *_ = gradients_of(weights, packed, "full")
     chex.assert_trees_all_close(loss, want[0], rtol=1e-6)
     assert_gradients_close(grads, want[1])

@@ -241,9 +241,10 @@ def _fused_collectives(
             found += _fused_collectives(module, each, channels)
         elif _is_collective(each):
             channel = re.search(r"channel_id=(\d+)", each.rest)
-            if channel is not None and channel[1] in channels:
-                continue
-            channels |= {channel[1]} if channel is not None else set()
+            if channel is not None:
+                if channel[1] in channels:
+                    continue
+                channels.add(channel[1])
             found.append((inner, each))
     return found
 
@@ -414,12 +415,13 @@ def _bytes(module: Module, instructions: dict[str, Instruction], one: Instructio
 def _fusion_bytes(module: Module, one: Instruction, instructions: dict[str, Instruction]) -> float:
     """A fusion's operands and results; of an operand that is only sliced, the slices, and of one
     that is updated in place, the update."""
+    called = _called(one, "calls")
     total, updated = 0.0, 0.0
     for number, name in enumerate(one.operands):
         whole = sum(array.hbm for array in _of(instructions, name)) if name in instructions else 0
         if not whole:
             continue
-        parts = _parts(module, _called(one, "calls"), number)
+        parts = _parts(module, called, number)
         if parts is None:
             total += whole
             continue
@@ -427,7 +429,7 @@ def _fusion_bytes(module: Module, one: Instruction, instructions: dict[str, Inst
         total += min(whole, read + update)
         if update:
             updated += max(whole - update, 0.0)
-    return total + max(_written(module[_called(one, "calls")][1], one) - updated, 0.0)
+    return total + max(_written(module[called][1], one) - updated, 0.0)
 
 
 def _written(inner: dict[str, Instruction], fusion: Instruction) -> float:

@@ -119,6 +119,7 @@ def project_joined(
     kernels = tuple(p.kernel for p in projections)
     adapters = tuple(p.adapter for p in projections)
     if any(adapter is not None for adapter in adapters):
+        joined = join(kernels, adapters) if joined is None else joined
         y = fused_product(x.reshape(-1, x.shape[-1]), kernels, adapters, joined)
         y = y.reshape(*x.shape[:-1], -1)
     else:
@@ -137,7 +138,7 @@ def fused_product(
     x: Float[Array, "T i"],
     kernels: tuple[Float[Array, "i o"], ...],
     adapters: tuple[Adapter | None, ...],
-    joined: Joined | None,
+    joined: Joined,
 ) -> Float[Array, "T n"]:
     """x @ [W_1 | W_2 ...] with every adapter inside the same matrix product.
 
@@ -145,7 +146,7 @@ def fused_product(
     small ranks costs more than the adapter's arithmetic. Where the output is the wider side, x a
     joins the input: [x | x a] @ [W; b]. Where the input is, a joins the kernel: x @ [W | a].
 
-    `joined` is `join` of the same kernels and adapters, or None; no gradient goes by it.
+    `joined` is `join` of the same kernels and adapters; no gradient goes by it.
     """
     return _fused_forward(x, kernels, adapters, joined)[0]
 
@@ -174,9 +175,9 @@ def join_layers(layers: Tree, lora: Tree, plan: LoraPlan, modules: tuple[str, ..
 
 
 def _fused_forward(
-    x: jax.Array, kernels: tuple, adapters: tuple, joined: Joined | None
+    x: jax.Array, kernels: tuple, adapters: tuple, joined: Joined
 ) -> tuple[jax.Array, tuple]:
-    matrix, a, b = join(kernels, adapters) if joined is None else joined
+    matrix, a, b = joined
     if matrix.shape[0] == x.shape[1]:
         y, down = jnp.split(x @ matrix, [matrix.shape[1] - a.shape[1]], axis=1)
         down = checkpoint_name(down, "down")
@@ -188,8 +189,7 @@ def _fused_forward(
 
 
 def _fused_backward(saved: tuple, dy: jax.Array) -> tuple:
-    x, down, kernels, adapters, joined = saved
-    matrix, a, b = join(kernels, adapters) if joined is None else joined
+    x, down, kernels, adapters, (matrix, a, b) = saved
     features = x.shape[1]
     if matrix.shape[0] == features:
         d_down = dy @ b.T
