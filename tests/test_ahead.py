@@ -19,6 +19,7 @@ from jaxgrpo.config import ConfigError, MeshConfig
 from jaxgrpo.config_files import load_config
 from jaxgrpo.mesh import make_mesh, shard_rows, sharding
 from jaxgrpo.model.api import Qwen2Config, base_logical_axes, completion_logprobs, init_base
+from jaxgrpo.rollout import engine
 from jaxgrpo.run import EMBEDDED_CONFIG, main
 from tests.test_layout import ROOT
 
@@ -58,6 +59,31 @@ def test_a_loop_that_may_end_early_counts_as_if_it_did_not():
         counts = count(jax.jit(program).lower(jnp.ones((8, 8))).compile().as_text())
         assert counts.flops == (11 - start) * 2 * 8**3
         jax.clear_caches()
+
+
+def test_a_loop_that_goes_on_where_another_stopped_has_nothing_left():
+    def run(carry, enough):
+        def unfinished(carry):
+            return (carry[0] < 11) & (jnp.sum(carry[1]) < enough)
+
+        return jax.lax.while_loop(unfinished, lambda c: (c[0] + 1, c[1] @ c[1]), carry)
+
+    def program(x):
+        number, x = run((0, x), 1e6)
+        return run((number, x[:4, :4]), 1e9)
+
+    counts = count(jax.jit(program).lower(jnp.ones((8, 8))).compile().as_text())
+    assert counts.flops == 11 * 2 * 8**3
+
+
+def test_kernels_that_hide_their_operations_are_named():
+    target = 'custom_call_target="mosaic_gpu_v2"'
+    text = (
+        "ENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n"
+        f"  ROOT %r = f32[8]{{0}} custom-call(%x), {target}\n}}"
+    )
+    assert count(text).kernels == {"mosaic_gpu_v2"}
+    assert not count(text.replace("mosaic_gpu_v2", "TopK")).kernels
 
 
 def test_collectives_are_counted_by_kind_group_and_size():
@@ -266,6 +292,15 @@ def test_operations_agree_within_five_percent(program, remat):
     }
     counts = count(Lowered(config, model, plan, mesh, remat).compile(program).as_text())
     assert counts.flops == pytest.approx(formulas[program], rel=0.05)
+
+
+def test_batches_that_may_shrink_count_as_if_they_did_not(monkeypatch):
+    config = load_config([EMBEDDED_CONFIG], ["rollout.max_completion_tokens=32"])
+    monkeypatch.setattr(engine, "batch_sizes", lambda rows: (rows, rows // 2, rows // 4))
+    model, plan = shapes_of(config, None)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    counts = count(Lowered(config, model, plan, mesh, "full").compile("rollout").as_text())
+    assert counts.flops == pytest.approx(rollout_flops(config, model), rel=0.05)
 
 
 def test_what_does_not_fit_is_offered_the_least_change_first():

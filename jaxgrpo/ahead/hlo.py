@@ -2,7 +2,8 @@
 
 Shapes in a compiled program are those of one device, so every figure is per device. The bodies of
 loops count as often as their counter allows: a loop that may end early, as decoding does when all
-rows have ended, counts as if it did not. No jax.
+rows have ended, counts as if it did not, and one that goes on where another stopped finds nothing
+left to do. No jax.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ COLLECTIVES = (
 )
 _ASYNC = 'custom_call_target="AsyncCollective'
 """Starts or ends a collective that runs beside fusions."""
+_KERNEL = re.compile(r'custom_call_target="([^"]*(?:mosaic|triton|fmha|tpu_custom_call)[^"]*)"')
+"""Programs written elsewhere, whose operations the text does not tell."""
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "add-dependency", "opt-barrier",
@@ -99,6 +102,7 @@ class Counts:
         pieces: (flops, bytes, times) of every instruction, for a roofline.
         collectives: (kind, devices of a group) -> count and bytes.
         unbounded_loops: loops without a counter, whose bodies were counted once.
+        kernels: targets of custom calls whose operations are not in `flops`.
     """
 
     flops: float = 0
@@ -108,6 +112,7 @@ class Counts:
         default_factory=lambda: defaultdict(Collective)
     )
     unbounded_loops: int = 0
+    kernels: set[str] = field(default_factory=set)
 
 
 def count(text: str, devices: int = 1) -> Counts:
@@ -174,9 +179,15 @@ def _walk(module: Module, name: str, times: float, counts: Counts, devices: int)
     channels: set[str] = set()
     for one in instructions.values():
         if one.opcode == "while":
-            trips = _trips(module, instructions, one)
+            trips = _trips(module, name, one)
             counts.unbounded_loops += trips is None
-            _walk(module, _called(one, "body"), times * (trips or 1), counts, devices)
+            _walk(
+                module,
+                _called(one, "body"),
+                times * (1 if trips is None else trips),
+                counts,
+                devices,
+            )
         elif one.opcode == "call" or (one.opcode == "async-start" and "calls=" in one.rest):
             key = "to_apply" if "to_apply=" in one.rest else "calls"
             _walk(module, _called(one, key), times, counts, devices)
@@ -207,6 +218,8 @@ def _book(
     counts.flops += times * flops
     counts.bytes += times * moved
     counts.pieces.append((flops, moved, times))
+    if one.opcode == "custom-call" and (kernel := _KERNEL.search(one.rest)):
+        counts.kernels.add(kernel[1])
 
 
 def _is_collective(one: Instruction) -> bool:
@@ -274,26 +287,38 @@ def _called(one: Instruction, key: str) -> str:
     return match[1]
 
 
-def _trips(module: Module, instructions: dict[str, Instruction], loop: Instruction) -> int | None:
+def _trips(module: Module, where: str, loop: Instruction) -> int | None:
     """What the compiler knows, or else what the loop's counter is compared with less its start."""
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
     if known is not None:
         return int(known[1])
-    pending, inside = [_called(loop, "condition")], []
+    found = _counter(module, loop)
+    if found is None:
+        return None
+    index, end = found
+    start, _ = _origin(module, where, loop.operands[0], index)
+    if start is not None and start.opcode == "while":
+        _, begin = _counter(module, start) or (0, 0)
+    else:
+        begin = 0 if start is None else _constant(start) or 0
+    return max(end - begin, 0)
+
+
+def _counter(module: Module, loop: Instruction) -> tuple[int, int] | None:
+    """Which of the loop's carried values its condition compares with a constant, and the
+    constant."""
+    pending = [_called(loop, "condition")]
     while pending:
-        found = list(module[pending.pop()][1].values())
-        pending += re.findall(r"calls=%?([\w.\-]+)", " ".join(one.rest for one in found))
-        inside += found
-    bounds = [value for one in inside if (value := _constant(one)) is not None]
-    # The counter is a whole number that the condition takes out of the carried values.
-    carried = instructions[loop.operands[0]]
-    starts = [
-        _start(instructions, carried, int(re.findall(r"index=(\d+)", one.rest)[0]))
-        for one in inside
-        if one.opcode == "get-tuple-element"
-        and (one.results[0].dtype, one.results[0].dims) == ("s32", ())
-    ]
-    return max(bounds) - max(starts, default=0) if bounds else None
+        where = pending.pop()
+        for one in module[where][1].values():
+            pending += re.findall(r"calls=%?([\w.\-]+)", one.rest)
+            if one.opcode != "compare":
+                continue
+            (left, index), (right, _) = (_origin(module, where, x, None) for x in one.operands)
+            end = None if right is None else _constant(right)
+            if left is not None and left.opcode == "parameter" and None not in (index, end):
+                return index, end  # type: ignore[return-value]
+    return None
 
 
 def _constant(one: Instruction) -> int | None:
@@ -301,14 +326,38 @@ def _constant(one: Instruction) -> int | None:
     return int(one.inner) if whole else None
 
 
-def _start(instructions: dict[str, Instruction], carried: Instruction, index: int) -> int:
-    """The value with which a loop's carried value begins; 0 where it is not written down."""
-    if carried.opcode != "tuple" or carried.operands[index] not in instructions:
-        return 0
-    one = instructions[carried.operands[index]]
-    while one.opcode in ("copy", "bitcast", "convert") and one.operands[0] in instructions:
-        one = instructions[one.operands[0]]
-    return _constant(one) or 0
+def _origin(
+    module: Module, where: str, name: str, index: int | None
+) -> tuple[Instruction | None, int | None]:
+    """What makes a value, or the element `index` of a tuple, in computation `where`: seen through
+    copies, tuples, calls and into fusions. With the element's index, where it is taken from
+    something else, for instance a loop's parameter."""
+    while (one := module[where][1].get(name)) is not None:
+        if one.opcode == "get-tuple-element" and index is None:
+            index = int(re.findall(r"index=(\d+)", one.rest)[0])
+            name = one.operands[0]
+        elif one.opcode == "tuple" and index is not None:
+            name, index = one.operands[index], None
+        elif one.opcode == "call":
+            where = _called(one, "to_apply")
+            name = list(module[where][1])[-1]
+        elif one.opcode == "parameter":
+            callers = (
+                (caller, each.operands[int(one.inner)])
+                for caller, (_, instructions) in module.items()
+                for each in instructions.values()
+                if each.opcode in ("call", "fusion")
+                and re.search(rf"(to_apply|calls)=%?{re.escape(where)}(?![\w.\-])", each.rest)
+            )
+            found = next(callers, None)
+            if found is None:
+                return one, index
+            where, name = found
+        elif one.opcode in ("copy", "bitcast", "convert"):
+            name = one.operands[0]
+        else:
+            return one, index
+    return None, None
 
 
 def _dearest(module: Module, one: Instruction, devices: int) -> str:

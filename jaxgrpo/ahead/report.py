@@ -27,6 +27,9 @@ def print_estimate(
     for name, program in found.programs.items():
         for line in collective_lines(program):
             console.print(f"{name}: {line}", highlight=False)
+        if program.counts.kernels:
+            kernels = ", ".join(sorted(program.counts.kernels))
+            console.print(f"{name}: its TFLOP are without those of {kernels}", highlight=False)
     if found.resharded:
         console.print(
             f"weights laid out for sampling: each device receives {found.resharded / GIB:.2f} GiB "
