@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxgrpo.config import Config
 from jaxgrpo.model.presets import Qwen2Config
-from jaxgrpo.model.qwen2 import choose_remat, kept_bytes_per_token
+from jaxgrpo.model.qwen2 import choose_remat, fuse_adapters, kept_bytes_per_token
+from jaxgrpo.packing import bin_capacity
 from jaxgrpo.rank_plan import RankPlan
 
 
@@ -24,8 +25,11 @@ def estimate_memory(config: Config, model: Qwen2Config, plan: RankPlan) -> dict[
     prompt = -(-config.data.max_prompt_tokens // bucket) * bucket
     completion = config.rollout.max_completion_tokens
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
-    part = rows // config.grpo.micro_batches
-    tokens = part * (prompt + completion)
+    parts = config.grpo.micro_batches
+    # Packed, a prompt is there once a group (`pack_rows`).
+    tokens = rows // parts * (prompt + completion)
+    if prompts % parts == 0:
+        tokens, _ = bin_capacity(prompts // parts, config.grpo.group_size, prompt, completion)
     saved = kept_bytes(config, model, tokens)
     inside = tokens * (4 * model.hidden_size + 3 * model.intermediate_size)
     held = {
@@ -38,8 +42,13 @@ def estimate_memory(config: Config, model: Qwen2Config, plan: RankPlan) -> dict[
     }
     training = {
         "activations of a micro-batch": saved + inside * size,
-        "logits of a chunk": 3 * config.grpo.logprob_chunk_tokens * model.vocab_size * 4,
+        "logits of a chunk, on each device": 3
+        * config.grpo.logprob_chunk_tokens
+        * model.vocab_size
+        * 4,
     }
+    if fuse_adapters():
+        training["frozen weights joined with adapters"] = (layer_weights + adapters) * size
     if config.weight_grad_norms:
         shapes = (model.module_shapes[module] for module in plan.modules)
         weights = model.num_layers * sum(ins * outs for ins, outs in shapes)
