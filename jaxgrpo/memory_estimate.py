@@ -32,6 +32,7 @@ def estimate_memory(config: Config, model: Qwen2Config, plan: RankPlan) -> dict[
         tokens, _ = bin_capacity(prompts // parts, config.grpo.group_size, prompt, completion)
     saved = kept_bytes(config, model, tokens)
     inside = tokens * (4 * model.hidden_size + 3 * model.intermediate_size)
+    logits = 3 * config.grpo.logprob_chunk_tokens * model.vocab_size
     held = {
         "frozen weights": model.num_parameters * size,
         "adapters, gradient, AdamW": adapters * 4 * 4,
@@ -42,10 +43,7 @@ def estimate_memory(config: Config, model: Qwen2Config, plan: RankPlan) -> dict[
     }
     training = {
         "activations of a micro-batch": saved + inside * size,
-        "logits of a chunk, on each device": 3
-        * config.grpo.logprob_chunk_tokens
-        * model.vocab_size
-        * 4,
+        "logits of a chunk, on each device": 4 * logits,
     }
     if fuse_adapters():
         training["frozen weights joined with adapters"] = (layer_weights + adapters) * size

@@ -181,13 +181,8 @@ def _walk(module: Module, name: str, times: float, counts: Counts, devices: int)
         if one.opcode == "while":
             trips = _trips(module, name, one)
             counts.unbounded_loops += trips is None
-            _walk(
-                module,
-                _called(one, "body"),
-                times * (1 if trips is None else trips),
-                counts,
-                devices,
-            )
+            runs = times * (1 if trips is None else trips)
+            _walk(module, _called(one, "body"), runs, counts, devices)
         elif one.opcode == "call" or (one.opcode == "async-start" and "calls=" in one.rest):
             key = "to_apply" if "to_apply=" in one.rest else "calls"
             _walk(module, _called(one, key), times, counts, devices)
