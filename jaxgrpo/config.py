@@ -132,6 +132,10 @@ class DataConfig:
         for name in ("max_prompt_tokens", "prompt_bucket_tokens", "embedded_problems"):
             _require(getattr(self, name) >= 1, f"data.{name} must be at least 1")
 
+    def padded(self, tokens: int) -> int:
+        """Slots that prompts take of which the longest has so many tokens."""
+        return -(-tokens // self.prompt_bucket_tokens) * self.prompt_bucket_tokens
+
 
 @dataclass(frozen=True)
 class RolloutConfig:

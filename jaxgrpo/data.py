@@ -254,9 +254,7 @@ class PromptSource:
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
     def _pad(self, rows: Sequence[int]) -> PromptBatch:
-        bucket = self._config.prompt_bucket_tokens
-        longest = max(len(self._tokens[row]) for row in rows)
-        slots = -(-longest // bucket) * bucket
+        slots = self._config.padded(max(len(self._tokens[row]) for row in rows))
         tokens = np.zeros((len(rows), slots), np.int32)
         mask = np.zeros((len(rows), slots), bool)
         for i, row in enumerate(rows):

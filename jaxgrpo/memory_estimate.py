@@ -21,8 +21,7 @@ def estimate_memory(config: Config, model: Qwen2Config, plan: RankPlan) -> dict[
     width = sum(sum(model.module_shapes[module]) for module in plan.modules)
     adapters = plan.layers * plan.max_rank * width
     prompts, rows = config.grpo.prompts_per_step, config.grpo.rows_per_step
-    bucket = config.data.prompt_bucket_tokens
-    prompt = -(-config.data.max_prompt_tokens // bucket) * bucket
+    prompt = config.data.padded(config.data.max_prompt_tokens)
     completion = config.rollout.max_completion_tokens
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
     parts = config.grpo.micro_batches

@@ -51,8 +51,7 @@ def train_flops(config: Config, model: Qwen2Config, plan: RankPlan, remat: str) 
 
 def prompt_slots(config: Config) -> int:
     """Tokens of the longest prompt, padded."""
-    bucket = config.data.prompt_bucket_tokens
-    return -(-config.data.max_prompt_tokens // bucket) * bucket
+    return config.data.padded(config.data.max_prompt_tokens)
 
 
 def _size(shape: tuple[int, int]) -> int:
