@@ -24,11 +24,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxgrpo.artifacts import hash_inputs
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import encode_config
 from jaxgrpo.mesh import to_host
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.records.run_directory import hash_inputs
 from jaxgrpo.types import TrainState, Tree
 
 # What may differ between a run and its continuation: where it is, how it is watched, on what.

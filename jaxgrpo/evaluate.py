@@ -19,20 +19,20 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxgrpo.answers import (
+from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.mesh import Purpose, fold_key, shard_rows, to_host
+from jaxgrpo.records.progress import Stage
+from jaxgrpo.records.run_directory import atomic_write_json, atomic_write_text, read_jsonl
+from jaxgrpo.rollout.stop import cut_at_stop
+from jaxgrpo.stats import wilson_interval
+from jaxgrpo.tasks.answers import (
     extract_answer,
     gold_answer,
     match_lm_eval_flexible,
     match_lm_eval_strict,
 )
-from jaxgrpo.artifacts import atomic_write_json, atomic_write_text, read_jsonl
-from jaxgrpo.config import Config, ConfigError
-from jaxgrpo.data import PromptSource, decode_completions
-from jaxgrpo.mesh import Purpose, fold_key, shard_rows, to_host
-from jaxgrpo.progress import Stage
-from jaxgrpo.rewards import RewardFunction, combine_rewards, gsm8k_answer_reward
-from jaxgrpo.rollout.stop import cut_at_stop
-from jaxgrpo.stats import wilson_interval
+from jaxgrpo.tasks.data import PromptSource, decode_completions
+from jaxgrpo.tasks.rewards import RewardFunction, combine_rewards, gsm8k_answer_reward
 from jaxgrpo.types import FINISH_LENGTH, FINISH_REASONS, PromptBatch, Rollout, Tree
 
 

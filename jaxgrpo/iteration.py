@@ -12,16 +12,16 @@ import jax
 import numpy as np
 import optax
 
-from jaxgrpo.data import decode_completions, gold_completions, train_rows
 from jaxgrpo.evaluate import score_completions
 from jaxgrpo.grpo.advantages import compute_advantages, reward_metrics
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import make_logprobs, make_train_step
 from jaxgrpo.mesh import Purpose, batch_shards, fold_key, shard_rows, to_host
 from jaxgrpo.model.api import make_decode_weights
-from jaxgrpo.packing import pack_rows
+from jaxgrpo.model.pack_rows import pack_rows
 from jaxgrpo.processes import gather_parts, own_part
 from jaxgrpo.session import Session
+from jaxgrpo.tasks.data import decode_completions, gold_completions, train_rows
 from jaxgrpo.types import (
     FINISH_LENGTH,
     FINISH_REASONS,

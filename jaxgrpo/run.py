@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxgrpo.artifacts import DivergedError, RunLockedError
 from jaxgrpo.commands.bench import BENCH
 from jaxgrpo.commands.chat import CHAT
 from jaxgrpo.commands.check import CHECK
@@ -32,6 +31,7 @@ from jaxgrpo.commands.plan import PLAN, dry_run
 from jaxgrpo.commands.sweep import SWEEP
 from jaxgrpo.commands.training import EVAL, EXIT_INTERRUPTED, STUDY, TRAIN
 from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.records.run_directory import DivergedError, RunLockedError
 
 __all__ = ["COMMANDS", "EMBEDDED_CONFIG", "entry_point", "main"]
 

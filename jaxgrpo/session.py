@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxgrpo.config import Config, ConfigError, LoraConfig
-from jaxgrpo.data import PromptSource, check_gold_answers, load_problems, load_tokenizer
 from jaxgrpo.mesh import (
     Purpose,
     batch_shards,
@@ -34,10 +33,11 @@ from jaxgrpo.model.weights import (
     resolve_model_dir,
 )
 from jaxgrpo.rank_plan import RankPlan, make_rank_plan
-from jaxgrpo.rewards import load_reward
+from jaxgrpo.records.tracking import check_wandb
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules, end_token_ids, make_stop_rules
-from jaxgrpo.tracking import check_wandb
+from jaxgrpo.tasks.data import PromptSource, check_gold_answers, load_problems, load_tokenizer
+from jaxgrpo.tasks.rewards import load_reward
 from jaxgrpo.types import LoraPlan, Tree
 
 

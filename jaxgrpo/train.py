@@ -16,7 +16,6 @@ import jax
 from rich.console import Console
 
 from jaxgrpo import __version__
-from jaxgrpo.artifacts import RunDirectory, atomic_write_json, atomic_write_text
 from jaxgrpo.checkpoint import Checkpoints, check_same_policy, numbered, read_adapter
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import dump_config, encode_config, flat_settings
@@ -25,13 +24,14 @@ from jaxgrpo.evaluate import EvalResult, StoppedError, evaluate, read_eval
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.iteration import Programs, make_programs, run_step
 from jaxgrpo.mesh import to_host
-from jaxgrpo.metrics import MetricWriter, completions_table
 from jaxgrpo.model.adapters import save_adapter
 from jaxgrpo.model.api import make_decode_weights
-from jaxgrpo.model_card import CardFacts, scores_of, write_card
 from jaxgrpo.processes import any_process, check_agreement, check_shared, first_process
-from jaxgrpo.progress import ProgressBar
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.records.metrics import MetricWriter, completions_table
+from jaxgrpo.records.model_card import CardFacts, scores_of, write_card
+from jaxgrpo.records.progress import ProgressBar
+from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json, atomic_write_text
 from jaxgrpo.session import Session, open_session, warn_user
 from jaxgrpo.types import TrainState, Tree
 

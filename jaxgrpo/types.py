@@ -94,7 +94,7 @@ class Rollout:
 @_pytree
 @dataclass(frozen=True)
 class Packing:
-    """The same rows without padding and with each group's prompt once (see `packing.py`).
+    """The same rows without padding and with each group's prompt once (see `model/pack_rows.py`).
 
     Z bins of N tokens, one per micro-batch and batch shard; n completion tokens of a bin are
     scored. A map holds flat places within the bin, in its rows [B/Z, T] or [B/Z, C]; -1: none.

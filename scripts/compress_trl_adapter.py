@@ -16,8 +16,8 @@ from pathlib import Path
 from jaxgrpo.config import MODULES
 from jaxgrpo.model.peft_files import read_peft
 from jaxgrpo.model.weights import EMBEDDED_DIR
-from jaxgrpo.problems import make_problems
 from jaxgrpo.run import main as jaxgrpo
+from jaxgrpo.tasks.problems import make_problems
 
 PROBLEMS = 8192
 

@@ -1,9 +1,9 @@
 r"""Trains the embedded model: a small Qwen2 that gives quickstart and tests something to improve.
 
 The model in `jaxgrpo/assets/embedded` is a normal Hugging Face directory: Qwen2 with byte-level
-BPE, trained from scratch on the train split of `jaxgrpo.problems` and on nothing else. It is not
-Qwen2.5 and says nothing about how well Qwen2.5 learns; it exists so that a whole GRPO run fits in
-two minutes on two CPU cores, without a download.
+BPE, trained from scratch on the train split of `jaxgrpo.tasks.problems` and on nothing else. It is
+not Qwen2.5 and says nothing about how well Qwen2.5 learns; it exists so that a whole GRPO run fits
+in two minutes on two CPU cores, without a download.
 
 It is made to leave GRPO room on purpose, and this is how. Each demonstration answers in one of two
 styles: most are *hasty* (the bare answer, ``#### 24``, no working) and the others *careful* (the
@@ -63,8 +63,8 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jaxgrpo.problems import make_problems
-from jaxgrpo.rewards import extract_answer, gold_answer
+from jaxgrpo.tasks.problems import make_problems
+from jaxgrpo.tasks.rewards import extract_answer, gold_answer
 
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / "jaxgrpo" / "assets" / "embedded"
 MAX_COMPLETION_TOKENS = 64

@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxgrpo.artifacts import RunDirectory, read_jsonl
+from jaxgrpo.records.run_directory import RunDirectory, read_jsonl
 
 
 def layer_norms(run: RunDirectory) -> np.ndarray:

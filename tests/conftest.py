@@ -14,6 +14,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if not os.environ.get("JAXGRPO_TEST_ACCELERATOR"):
     os.environ["JAX_PLATFORMS"] = "cpu"
 
+# What compiles once need not compile again: kept between runs, and for the processes that tests
+# start. JAXGRPO_TEST_PROGRAMS="" compiles everything anew.
+os.environ.setdefault(
+    "JAXGRPO_TEST_PROGRAMS",
+    os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "programs")),
+)
+if os.environ["JAXGRPO_TEST_PROGRAMS"]:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAXGRPO_TEST_PROGRAMS"]
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import jax
 import pytest
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import jaxgrpo
-from jaxgrpo.problems import make_problems
-from jaxgrpo.rewards import extract_answer, gold_answer
+from jaxgrpo.tasks.problems import make_problems
+from jaxgrpo.tasks.rewards import extract_answer, gold_answer
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,15 +14,15 @@ from rich.console import Console
 
 from jaxgrpo.config import ConfigError, EvalConfig, MeshConfig, RolloutConfig
 from jaxgrpo.config_files import load_config
-from jaxgrpo.data import PromptSource, load_problems, load_tokenizer
 from jaxgrpo.evaluate import EvalResult, eval_metrics, evaluate, judge, judge_gsm8k, pass_at_k
 from jaxgrpo.mesh import make_mesh
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.model.weights import EMBEDDED_DIR, load_model
-from jaxgrpo.rewards import gsm8k_answer_reward
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import make_stop_rules
 from jaxgrpo.stats import wilson_interval
+from jaxgrpo.tasks.data import PromptSource, load_problems, load_tokenizer
+from jaxgrpo.tasks.rewards import gsm8k_answer_reward
 from jaxgrpo.types import FINISH_LENGTH, FINISH_STOP_TOKEN, PromptBatch, Rollout
 
 

@@ -17,7 +17,14 @@ from jaxgrpo.study.config import StudyConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(jaxgrpo.__file__).parent
-GROUND_FLOOR = ("config", "answers", "rewards", "rank_plan", "artifacts", "problems")
+GROUND_FLOOR = (
+    "config",
+    "rank_plan",
+    "records.run_directory",
+    "tasks.answers",
+    "tasks.problems",
+    "tasks.rewards",
+)
 CONFIGS = sorted([*ROOT.glob("configs/*.yaml"), *PACKAGE.glob("assets/*.yaml")])
 
 # A meta path finder that refuses is the same as a machine where these are not installed.

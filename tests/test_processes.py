@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxgrpo.artifacts import read_jsonl
 from jaxgrpo.config import ConfigError
 from jaxgrpo.processes import LOST_S, find_job
+from jaxgrpo.records.run_directory import read_jsonl
 from tests.processes import SMALL, environment, start_job, wait
 
 pytestmark = pytest.mark.multihost

@@ -259,7 +259,7 @@ def test_7_a_data_set_with_a_script_runs_no_script(tmp_path, sprung, capsys):
 
 
 def test_8_no_reward_evaluates_a_completion(sprung):
-    from jaxgrpo.rewards import REWARDS, load_reward
+    from jaxgrpo.tasks.rewards import REWARDS, load_reward
 
     call = f"__import__('os').system('touch {sprung}')"
     texts = [rf"\boxed{{{call}}}", f"#### {call}", f"<answer>{call}</answer>", f"answer is {call}"]

@@ -10,7 +10,6 @@ import pytest
 
 from jaxgrpo.checkpoint import Checkpoints
 from jaxgrpo.config import Config, ConfigError, GrpoConfig, MeshConfig, OptimConfig, RolloutConfig
-from jaxgrpo.data import train_rows
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import init_train_state, make_train_step
 from jaxgrpo.mesh import (
@@ -36,10 +35,11 @@ from jaxgrpo.model.api import (
     make_decode_weights,
     resharded_bytes,
 )
-from jaxgrpo.packing import pack_rows
+from jaxgrpo.model.pack_rows import pack_rows
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
+from jaxgrpo.tasks.data import train_rows
 from jaxgrpo.types import PromptBatch, TrainBatch
 
 CONFIG = Qwen2Config(

@@ -29,7 +29,7 @@ from jaxgrpo.model.api import (
     lora_logical_axes,
     make_decode_weights,
 )
-from jaxgrpo.packing import bin_capacity
+from jaxgrpo.model.pack_rows import bin_capacity
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules

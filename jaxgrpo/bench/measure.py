@@ -18,12 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrpo.artifacts import atomic_write_json
 from jaxgrpo.bench.floor import DEVICES, decode_seconds, train_flops
 from jaxgrpo.bench.kernels import profile_kernels
 from jaxgrpo.bench.settings import SIGMA, BenchConfig
 from jaxgrpo.config import EMBEDDED, check_choice
-from jaxgrpo.data import train_rows
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import (
     TrainStep,
@@ -43,12 +41,14 @@ from jaxgrpo.model.api import (
     make_decode_weights,
     prefill,
 )
+from jaxgrpo.model.pack_rows import pack_rows
 from jaxgrpo.model.weights import EMBEDDED_DIR, read_qwen2_config
-from jaxgrpo.packing import pack_rows
 from jaxgrpo.rank_plan import make_rank_plan
+from jaxgrpo.records.run_directory import atomic_write_json
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.session import resolve_dtype
+from jaxgrpo.tasks.data import train_rows
 from jaxgrpo.types import PromptBatch, Rollout, TrainBatch, TrainState, Tree
 
 

@@ -46,10 +46,10 @@ class Chat:
     def __init__(self, config: Config) -> None:
         import jax
 
-        from jaxgrpo.artifacts import RunDirectory
         from jaxgrpo.checkpoint import check_same_policy, read_adapter
         from jaxgrpo.mesh import replicate
         from jaxgrpo.model.api import device_plan, make_decode_weights
+        from jaxgrpo.records.run_directory import RunDirectory
         from jaxgrpo.rollout.engine import make_generate
         from jaxgrpo.session import open_model
 
@@ -96,9 +96,9 @@ class Chat:
         """Policy -> completion."""
         import jax
 
-        from jaxgrpo.data import Problem, PromptSource, decode_completions
         from jaxgrpo.mesh import Purpose, batch_shards, fold_key, shard_rows, to_host
         from jaxgrpo.rollout.stop import cut_at_stop
+        from jaxgrpo.tasks.data import Problem, PromptSource, decode_completions
 
         if not prompt.strip():
             raise ConfigError("prompt is empty")

@@ -49,7 +49,7 @@ class CompressSettings:
 def run(settings: CompressSettings, console: Console) -> int:
     from jaxgrpo.commands.export import read_source
     from jaxgrpo.model.peft_files import LoraModule, PeftAdapter, write_peft
-    from jaxgrpo.model_card import CardFacts, write_card
+    from jaxgrpo.records.model_card import CardFacts, write_card
     from jaxgrpo.study.compress import compress
 
     adapter, _, _ = read_source(Path(settings.source), None)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jaxgrpo.commands.command import PROGRAM, Command
 from jaxgrpo.config import ConfigError
-from jaxgrpo.model_card import CardFacts, scores_of, write_card
+from jaxgrpo.records.model_card import CardFacts, scores_of, write_card
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ def read_source(source: Path, model: str | None) -> tuple[Any, dict, Mapping[str
     `model`, empty for a PEFT directory."""
     import dataclasses
 
-    from jaxgrpo.artifacts import RunDirectory
     from jaxgrpo.checkpoint import read_adapter
     from jaxgrpo.evaluate import read_eval
     from jaxgrpo.model.adapters import adapter_from_lora
     from jaxgrpo.model.peft_files import CONFIG_FILE, read_peft
+    from jaxgrpo.records.run_directory import RunDirectory
 
     if (source / CONFIG_FILE).exists():
         adapter = read_peft(source)

@@ -11,11 +11,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxgrpo.artifacts import atomic_write_json
 from jaxgrpo.commands.command import Command
 from jaxgrpo.config import MAX_RANK, MODULES, Config, ConfigError
 from jaxgrpo.config_files import dump_config
 from jaxgrpo.rank_plan import RankPlan, make_rank_plan
+from jaxgrpo.records.run_directory import atomic_write_json
 
 _EDIT = re.compile(rf"(layers|{'|'.join(MODULES)})(?:\.([0-9]{{1,4}})(?:-([0-9]{{1,4}}))?)?=(.*)")
 _SHADES = " ░▒▓█"

@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import MODULES
 from jaxgrpo.mesh import batch_parts, on_one_device, rollout_bytes, to_rollout_layout
+from jaxgrpo.model.bins import completions_from_scored, rows_from_bins, scored_from_rows
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.kv_cache import LayerCache, cache_slots, init_completion_cache
 from jaxgrpo.model.lora import delta_kernel, device_plan, init_lora, plan_collection
-from jaxgrpo.model.packing import completions_from_scored, rows_from_bins, scored_from_rows
 from jaxgrpo.model.presets import PRESETS, Qwen2Config
 from jaxgrpo.model.qwen2 import (
     Block,

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from jaxgrpo.artifacts import atomic_write_bytes, atomic_write_json
 from jaxgrpo.config import ConfigError
 from jaxgrpo.model.peft_files import PeftAdapter
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.model.safe_files import contained, read_json_object
 from jaxgrpo.model.weights import check_tensor_names, hf_shapes, make_reader
+from jaxgrpo.records.run_directory import atomic_write_bytes, atomic_write_json
 
 MAX_SHARD_BYTES = 2 * 2**30
 # What belongs to a model besides its weights; no file of code is ever copied.

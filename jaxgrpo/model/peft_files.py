@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from jaxgrpo.artifacts import atomic_write_bytes, atomic_write_text
 from jaxgrpo.config import MAX_RANK, ConfigError
 from jaxgrpo.model.safe_files import (
     contained,
@@ -28,6 +27,7 @@ from jaxgrpo.model.safe_files import (
     read_tensor,
     refuse_pickles,
 )
+from jaxgrpo.records.run_directory import atomic_write_bytes, atomic_write_text
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

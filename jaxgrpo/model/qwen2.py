@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.mesh import batch_parts, constrain, on_one_device
+from jaxgrpo.model.bins import bins_from_rows, row_lengths, rows_from_bins
 from jaxgrpo.model.decode_attention import decode_attention
 from jaxgrpo.model.gated_product import (
     gated_product,
@@ -32,7 +33,6 @@ from jaxgrpo.model.lora import (
     project,
     project_joined,
 )
-from jaxgrpo.model.packing import bins_from_rows, row_lengths, rows_from_bins
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.types import LoraPlan, Packing, Tree
 

@@ -25,7 +25,7 @@ from jaxgrpo.model.safe_files import (
     read_tensor,
     refuse_pickles,
 )
-from jaxgrpo.progress import Stage
+from jaxgrpo.records.progress import Stage
 from jaxgrpo.types import Tree
 
 EMBEDDED_DIR = Path(__file__).resolve().parent.parent / "assets" / "embedded"

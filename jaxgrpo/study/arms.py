@@ -15,10 +15,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxgrpo.artifacts import RunDirectory, atomic_write_json, atomic_write_text
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import dump_config
 from jaxgrpo.rank_plan import make_rank_plan
+from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json, atomic_write_text
 from jaxgrpo.study.allocate import allocate
 from jaxgrpo.study.budget import Budget, Granularity, Unit
 from jaxgrpo.study.config import (

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrpo.data import decode_completions
 from jaxgrpo.grpo.advantages import compute_advantages
 from jaxgrpo.grpo.step import make_gradients
 from jaxgrpo.iteration import make_train_batch, sample_rollout, score
 from jaxgrpo.model.api import input_moments
 from jaxgrpo.session import Session
 from jaxgrpo.study.lab import Lab
+from jaxgrpo.tasks.data import decode_completions
 from jaxgrpo.types import TrainBatch, Tree
 
 

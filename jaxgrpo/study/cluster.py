@@ -22,9 +22,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from jaxgrpo.artifacts import RunDirectory, atomic_write_text
 from jaxgrpo.config import ConfigError
 from jaxgrpo.config_files import decode_config, dump_config, encode_config
+from jaxgrpo.records.run_directory import RunDirectory, atomic_write_text
 from jaxgrpo.study.config import StudyConfig, StudyFiles, list_arms
 from jaxgrpo.study.runs import arm_configs, check_same_study, is_done
 
@@ -231,7 +231,7 @@ def _newest(job: Job) -> tuple[str, str]:
 
 def run_part(raw: str, number: int, logs: bool = True) -> tuple[str, str]:
     """In a worker: one job of a study; gives ("done" | "lost" | "failed", why)."""
-    from jaxgrpo.artifacts import DivergedError
+    from jaxgrpo.records.run_directory import DivergedError
     from jaxgrpo.study.arms import Runner
     from jaxgrpo.study.config import Interrupted
 

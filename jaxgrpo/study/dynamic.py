@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrpo.artifacts import read_jsonl
 from jaxgrpo.config import Config
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.study.adalora import budget_at, select, triplet_scores
 from jaxgrpo.study.allocate import allocate
 from jaxgrpo.study.budget import Budget

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgrpo.artifacts import read_jsonl
 from jaxgrpo.config import MODULES
+from jaxgrpo.records.run_directory import read_jsonl
 
 
 def read_norms(run_dir: Path, view: str) -> dict[str, np.ndarray] | None:

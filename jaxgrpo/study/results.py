@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxgrpo import stats
-from jaxgrpo.artifacts import read_jsonl
 from jaxgrpo.config import EMBEDDED
+from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.study.amplification import amplification, amplification_verdict
 from jaxgrpo.study.config import DYNAMIC, Arm, StudyConfig, StudyFiles, list_arms
 from jaxgrpo.study.norms import layer_norms, read_norms

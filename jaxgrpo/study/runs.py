@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import numpy as np
 import yaml
 
-from jaxgrpo.artifacts import RunDirectory, atomic_write_json
 from jaxgrpo.config import Config, ConfigError, Objective, ScaleRule
 from jaxgrpo.config_files import encode_config
+from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json
 from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, list_arms, scaled_lora
 
 

@@ -11,10 +11,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jaxgrpo.artifacts import read_jsonl
 from jaxgrpo.commands.command import PROGRAM, command_help
 from jaxgrpo.model.peft_files import read_peft
 from jaxgrpo.model.weights import EMBEDDED_DIR
+from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import COMMANDS, main, usage
 from tests.e2e.conftest import SMALL, example
 

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from jaxgrpo.artifacts import read_jsonl
 from jaxgrpo.commands.command import PROGRAM
-from jaxgrpo.problems import make_problems
+from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import main
+from jaxgrpo.tasks.problems import make_problems
 from tests.test_layout import ROOT
 
 SMALL = [

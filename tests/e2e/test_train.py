@@ -17,9 +17,9 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jaxgrpo.artifacts import read_jsonl
 from jaxgrpo.config_files import load_config
 from jaxgrpo.model.weights import EMBEDDED_DIR
+from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import EMBEDDED_CONFIG, main
 from jaxgrpo.train import train
 
@@ -202,7 +202,7 @@ def test_another_configuration_may_not_resume_a_run(straight, capsys):
 
 
 def test_two_processes_may_not_write_one_run(tmp_path, capsys):
-    from jaxgrpo.artifacts import RunDirectory
+    from jaxgrpo.records.run_directory import RunDirectory
 
     with RunDirectory(tmp_path).create().lock():
         code = main([*SMALL, f"run_dir={tmp_path}", "steps=1"])

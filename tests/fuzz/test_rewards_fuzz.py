@@ -8,8 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgrpo import answers, rewards
-from jaxgrpo.math_boxed import VERIFY_TIMEOUT_S, WAIT_FACTOR, gold_math_answer, math_boxed_reward
+from jaxgrpo.tasks import answers, rewards
+from jaxgrpo.tasks.math_boxed import (
+    VERIFY_TIMEOUT_S,
+    WAIT_FACTOR,
+    gold_math_answer,
+    math_boxed_reward,
+)
 from tests.fuzz.amounts import FULL, amount, fuzz
 
 BATCH = 20

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxgrpo.artifacts import read_jsonl
 from jaxgrpo.config import MODULES
+from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import main
 from tests.test_layout import REFUSE_JAX
 

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from jaxgrpo.artifacts import read_jsonl
 from jaxgrpo.config import ConfigError
 from jaxgrpo.config_files import load_config
+from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.study.config import list_arms
 from jaxgrpo.study.sweep import SweepConfig, run_sweep
 from tests.processes import environment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxgrpo.artifacts import atomic_write_text
+from jaxgrpo.records.run_directory import atomic_write_text
 from jaxgrpo.study.report.markdown import render_markdown
 from jaxgrpo.study.report.page import render_page
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrpo.answers import gold_answer
 from jaxgrpo.config import EMBEDDED, ConfigError, DataConfig, suggestion
-from jaxgrpo.math_boxed import gold_math_answer
-from jaxgrpo.problems import make_problems
+from jaxgrpo.tasks.answers import gold_answer
+from jaxgrpo.tasks.math_boxed import gold_math_answer
+from jaxgrpo.tasks.problems import make_problems
 from jaxgrpo.types import FINISH_LENGTH, FINISH_STOP_TOKEN, PromptBatch, Rollout
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from jaxgrpo.artifacts import atomic_write_text
 from jaxgrpo.config import EMBEDDED, Config
 from jaxgrpo.config_files import encode_config
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.records.run_directory import atomic_write_text
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

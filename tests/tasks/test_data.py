@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config import ConfigError, DataConfig
-from jaxgrpo.data import (
+from jaxgrpo.model.weights import EMBEDDED_DIR
+from jaxgrpo.tasks.data import (
     EMBEDDED_EVAL_PROBLEMS,
     Problem,
     PromptSource,
@@ -22,10 +23,9 @@ from jaxgrpo.data import (
     render_prompt,
     train_rows,
 )
-from jaxgrpo.model.weights import EMBEDDED_DIR
-from jaxgrpo.problems import make_problems
+from jaxgrpo.tasks.problems import make_problems
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 QWEN_TOKENIZER = Path(os.environ.get("JAXGRPO_QWEN_TOKENIZER", SHARED / "qwen2.5-tokenizer"))
 GSM8K = Path(os.environ.get("JAXGRPO_GSM8K", SHARED / "gsm8k"))
 ROWS = make_problems("train", 5)

@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from jaxgrpo.answers import STOP_MARK, extract_answer, gold_answer
-from jaxgrpo.math_boxed import check_math_verify, math_boxed_reward
-from jaxgrpo.time_limit import TimeLimitExceeded, time_limit
+from jaxgrpo.tasks.answers import STOP_MARK, extract_answer, gold_answer
+from jaxgrpo.tasks.math_boxed import check_math_verify, math_boxed_reward
+from jaxgrpo.tasks.time_limit import TimeLimitExceeded, time_limit
 
 RewardFunction = Callable[..., Sequence[float | None]]
 

@@ -1,7 +1,7 @@
 """Rows laid out for training without padding, each prompt once for its group. Host side, numpy.
 
 All that is done token by token (projections, MLP, head) runs on flat bins of tokens; attention
-alone needs rows. The maps from one to the other are made here; `model/packing.py` follows them.
+alone needs rows. The maps from one to the other are made here; `bins.py` follows them.
 One bin per micro-batch and batch shard: prompts are dealt out so that bins are about equally full.
 """
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrpo.artifacts import atomic_write_text
 from jaxgrpo.config import ConfigError
+from jaxgrpo.records.run_directory import atomic_write_text
 
 ID_FILE = "wandb_id"
 

@@ -20,9 +20,9 @@ from rich.text import Text
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
-from jaxgrpo.artifacts import RunDirectory, append_jsonl, atomic_write_text, read_jsonl
-from jaxgrpo.heat_map import heat_map
-from jaxgrpo.tracking import WandbTracker
+from jaxgrpo.records.heat_map import heat_map
+from jaxgrpo.records.run_directory import RunDirectory, append_jsonl, atomic_write_text, read_jsonl
+from jaxgrpo.records.tracking import WandbTracker
 
 # It would say a line for every number that is none, hundreds a step; the guard says one.
 logging.getLogger("tensorboardX").setLevel(logging.ERROR)

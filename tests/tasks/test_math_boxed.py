@@ -10,10 +10,10 @@ import warnings
 
 import pytest
 
-from jaxgrpo import math_boxed
-from jaxgrpo.answers import boxed_answer
-from jaxgrpo.math_boxed import WorkerPool, gold_math_answer, math_boxed_reward
-from jaxgrpo.rewards import REWARDS, combine_rewards, load_reward
+from jaxgrpo.tasks import math_boxed
+from jaxgrpo.tasks.answers import boxed_answer
+from jaxgrpo.tasks.math_boxed import WorkerPool, gold_math_answer, math_boxed_reward
+from jaxgrpo.tasks.rewards import REWARDS, combine_rewards, load_reward
 from tests.test_layout import REFUSE_JAX, ROOT
 
 pytest.importorskip("math_verify")
@@ -139,7 +139,7 @@ def test_a_time_limit_from_outside_leaves_no_process(monkeypatch):
 
 def test_processes_end_when_whoever_asked_is_killed():
     code = (
-        "import os, signal\nfrom jaxgrpo import math_boxed\n"
+        "import os, signal\nfrom jaxgrpo.tasks import math_boxed\n"
         "pool = math_boxed.WorkerPool(1)\npool.verify([('5', '2+3')])\n"
         "print(pool._workers[0].process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -175,7 +175,7 @@ def test_without_the_package_the_reward_says_what_to_install(monkeypatch):
 
 def test_it_needs_no_jax():
     code = REFUSE_JAX + (
-        "from jaxgrpo.math_boxed import math_boxed_reward\n"
+        "from jaxgrpo.tasks.math_boxed import math_boxed_reward\n"
         r"assert math_boxed_reward([r'\boxed{2+3}'], ['5']) == [1.0]"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from jaxgrpo.problems import make_problems, split_of
-from jaxgrpo.rewards import extract_answer, gold_answer
+from jaxgrpo.tasks.problems import make_problems, split_of
+from jaxgrpo.tasks.rewards import extract_answer, gold_answer
 
 _EQUATION = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
 

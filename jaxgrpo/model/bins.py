@@ -1,4 +1,4 @@
-"""Between flat bins of tokens and rows (`jaxgrpo/packing.py`), with transposes that are gathers.
+"""Between flat bins of tokens and rows (`pack_rows.py`), with transposes that are gathers.
 
 Autodiff's transpose of a gather adds into memory, on GPU by atomics in no fixed order. The maps are
 known both ways, so the way back is a gather as well: fast, and the same bits every time.

@@ -15,12 +15,12 @@ from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxgrpo.artifacts import RunDirectory, read_jsonl
 from jaxgrpo.config import ConfigError
-from jaxgrpo.heat_map import heat_map
-from jaxgrpo.metrics import MetricWriter, completions_table
-from jaxgrpo.progress import ProgressBar, Stage
-from jaxgrpo.tracking import WandbTracker, check_wandb
+from jaxgrpo.records.heat_map import heat_map
+from jaxgrpo.records.metrics import MetricWriter, completions_table
+from jaxgrpo.records.progress import ProgressBar, Stage
+from jaxgrpo.records.run_directory import RunDirectory, read_jsonl
+from jaxgrpo.records.tracking import WandbTracker, check_wandb
 
 LAYERS = 4
 STEP = {"reward": 0.5, "throughput/tokens_per_s": 1234.0, "completions/mean_length": 20.0}

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgrpo import answers, rewards
+from jaxgrpo.tasks import answers, rewards
 
 RAMBLE = "#### 18\n\nQuestion: How many?\nAnswer: 3 + 4 = 7\n#### 7"
 
 
 def gsm8k_file(name: str) -> Path:
     """The file `name` of a GSM8K directory (JAXGRPO_GSM8K, else beside the checkout), or a skip."""
-    beside = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
+    beside = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
     path = Path(os.environ.get("JAXGRPO_GSM8K", beside)) / name
     if not path.is_file():
         pytest.skip(f"needs GSM8K's {name}: set JAXGRPO_GSM8K to a directory that holds it")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxgrpo.answers import boxed_answer
+from jaxgrpo.tasks.answers import boxed_answer
 
 VERIFY_TIMEOUT_S = 3.0
 """Processor time that one comparison may take; one that is not meant to hang takes milliseconds."""
@@ -145,7 +145,7 @@ class WorkerPool:
             self._end(worker)
 
     def _start(self) -> None:
-        # -P: this script's folder holds a types.py, which would hide the standard library's.
+        # -P: nothing in this script's folder can hide a module of the standard library.
         command = [sys.executable, "-P", str(_WORKER), str(self._timeout_s)]
         process = subprocess.Popen(
             command,
