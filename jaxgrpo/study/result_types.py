@@ -1,0 +1,304 @@
+"""What results.json holds, as types. All differences and accuracies are fractions: 0.01 is a point.
+
+`collect_results` makes it, the report reads it; a key that either spells wrong is a type error.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+RESULTS_FORMAT = 2
+
+Verdict = Literal["better", "worse", "equivalent", "open"]
+"""open: neither told apart from 0 nor shown to lie within the margin."""
+Family = Literal["primary", "second"]
+"""primary: the one contrast tested at the full 5 %; second: the others, under Holm."""
+Decoding = Literal["greedy", "sampled"]
+Answer = Literal["reward", "strict", "flexible"]
+"""Which rule says right: eval.reward's own, or lm-eval's strict or flexible one."""
+
+
+class Range(TypedDict):
+    """An estimate with its interval; null where a number is not finite."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class FixedModels(TypedDict):
+    """A difference over other items, were these trained models all there are ("these models").
+
+    p is the exact sign flip over items. Neither says anything about another run of the same arm.
+    """
+
+    p: float
+    low: float
+    high: float
+
+
+class Contrast(TypedDict):
+    """A difference between arms, with the run as its unit.
+
+    low and high are at `confidence`, which is 0.95 for the primary contrast and larger for the
+    second family, so that they exclude 0 exactly where p_holm is at most 0.05. They, p and df are
+    null with one seed, where nothing is known of another run. `per_seed` pairs runs of one seed.
+    """
+
+    name: str
+    arm: str
+    """The reference, as in ArmResult.name; of an effect over several arms, its other side."""
+    family: Family
+    difference: float
+    standard_error: float | None
+    df: float | None
+    confidence: float
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    margin: float
+    verdict: Verdict
+    detectable: float | None
+    """What this contrast finds with 80 % power at its first level."""
+    per_seed: list[float]
+    fixed_models: FixedModels
+
+
+class Measure(TypedDict):
+    """One way to measure accuracy; per seed, in the arm's order."""
+
+    decoding: Decoding
+    answer: Answer
+    per_seed: list[float]
+    clipped_ratio: list[float]
+    """Share of completions that were cut at the token limit."""
+    mean_length: list[float]
+    """Tokens."""
+
+
+class Curve(TypedDict, total=False):
+    steps: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+class ArmResult(TypedDict):
+    """One plan under one rule at one mean rank, or one cell of a factorial; over its seeds.
+
+    accuracy, low, high, per_seed and n_items are of the study's outcome (`settings`); `measures`
+    has that and the other ways to measure. Null and empty until every seed has finished.
+    """
+
+    name: str
+    plan: str
+    scale_rule: str
+    mean_rank: int
+    seeds: list[int]
+    learning_rates: list[float]
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    per_seed: list[float]
+    n_items: int
+    measures: list[Measure]
+    reward_last_quarter: list[float]
+    """Mean training reward over the last quarter of the steps, per seed."""
+    kl_last_quarter: list[float]
+    """KL to the base model there, where it was measured."""
+    gradient_clipped: list[float]
+    """Share of steps whose gradient was longer than optim.max_grad_norm, per seed."""
+    speed: float | None
+    """First-order: sum s_i r_i g_i over s r sum g_i, g the profile's ||dL/dW||; uniform is 1."""
+    trainable_parameters: int | None
+    total_rank: int | None
+    rank_min: int | None
+    rank_max: int | None
+    ranks: dict[str, list[int]]
+    layer_ranks: list[float]
+    reward: Curve
+    drift: Curve
+    seconds: float | None
+    tokens: int | None
+    tokens_per_s: float | None
+    versus: Contrast | None
+    """Against uniform ranks of the same mean; null for the reference itself."""
+
+
+class Residual(TypedDict):
+    """What is left of the runs' accuracies after arm and seed: how much a run moves by itself."""
+
+    sd: float
+    df: int
+    low: float
+    high: float
+
+
+class Detectable(TypedDict):
+    """Smallest true difference that the primary contrast finds with 80 % power at 5 %.
+
+    low and high: the same if the residual sd is off by its own 95 % interval.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+class Trend(TypedDict):
+    """Slope of the uniform arms' accuracy on log2 of their rank."""
+
+    slope: float
+    low: float
+    high: float
+    p: float
+    df: float
+
+
+class LookResult(TypedDict):
+    """A planned look of a factorial study and what it decided."""
+
+    blocks: int
+    finished: int
+    """Blocks of it whose runs are all there."""
+    differs_at: float
+    """The two-sided p at or below which a contrast is said to differ."""
+    equivalent_at: float
+    decided: bool | None
+    """null: not all runs are there."""
+
+
+class DesignResult(TypedDict):
+    """The plan of a factorial study, as written to design.json before its first arm."""
+
+    sha256: str
+    looks: list[LookResult]
+    look: int | None
+    """How many blocks the printed analysis uses."""
+    cells: dict[str, str]
+    """Cell -> what it is, in a line."""
+    interactions: list[Contrast]
+    """Contrast x log learning rate, per doubling: the sensitivity analysis."""
+
+
+class SlopePart(TypedDict):
+    """One slope of ln share on ln rank."""
+
+    phase: Literal["all", "first third", "middle third", "last third"]
+    matrix: Literal["both", "A", "B", "W"]
+    """W: the frozen weight's own gradient, which no rank enters."""
+    slope: float
+    low: float
+    high: float
+    """95 % by inverting the randomisation test: the ranks were drawn, and are drawn again."""
+    cr1_low: float
+    cr1_high: float
+    """95 % by cluster-robust variance (CR1) over layers, t with layers - 1 df."""
+    verdict: Literal["follows", "does not", "open"]
+    """follows: the slope exceeds the margin; does not: its interval lies within it."""
+
+
+class AmplificationPoint(TypedDict):
+    arm: str
+    layer: int
+    module: str
+    log_rank: float
+    log_share: float
+
+
+class Amplification(TypedDict):
+    """How an adapter's share of the gradient depends on the rank it was given at random."""
+
+    scale_rule: str
+    view: str
+    predicted: float
+    slope: float
+    low: float
+    high: float
+    margin: float
+    parts: list[SlopePart]
+    points: list[AmplificationPoint]
+    words: str
+
+
+class Spread(TypedDict):
+    """Largest over smallest layer share of a run, and of the uniform run at the same steps."""
+
+    run: str
+    uniform: list[float | None]
+    """By thirds of the steps, then over all of them."""
+    own: list[float | None]
+
+
+class View(TypedDict):
+    share: list[float]
+    low: list[float]
+    high: list[float]
+    max_min: Range
+    top_share: dict
+    early_late_correlation: float | None
+    heatmap: list[list[float]]
+
+
+class Profile(TypedDict):
+    objective: str
+    steps: int
+    layers: int
+    modules: list[str]
+    views: dict[str, View]
+
+
+class PaperRow(TypedDict):
+    quantity: str
+    paper: str
+    ours: str
+    note: str
+
+
+class Allocation(TypedDict):
+    plan: str
+    layer_ranks: list[float]
+    note: str
+
+
+class Base(TypedDict):
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+
+class Importance(TypedDict):
+    objective: str
+    view: str
+
+
+class Results(TypedDict):
+    """The whole file."""
+
+    format: int
+    title: str
+    question: str
+    verdict: list[str]
+    settings: dict[str, str]
+    """Name -> value, in the order to print: model, data, items and their split, prompt, decoding,
+    rewards and weights, loss, KL, clipping, learning rates, budget, scale rule, seeds."""
+    versions: dict[str, str]
+    base: Base | None
+    arms: list[ArmResult]
+    contrasts: list[Contrast]
+    """Every contrast, the primary one first; ArmResult.versus is one of these."""
+    residual: Residual | None
+    minimum_detectable_effect: float | None
+    detectable: Detectable | None
+    detectable_note: str
+    rank_trend: Trend | None
+    design: DesignResult | None
+    profiles: list[Profile]
+    importance: Importance
+    amplification: list[Amplification]
+    amplification_verdict: list[str]
+    spread: list[Spread]
+    paper: list[PaperRow]
+    allocations: list[Allocation]
