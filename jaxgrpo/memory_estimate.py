@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxgrpo.config import Config
 from jaxgrpo.model.pack_rows import bin_capacity
 from jaxgrpo.model.presets import Qwen2Config
-from jaxgrpo.model.qwen2 import choose_remat, fuse_adapters, kept_bytes_per_token
+from jaxgrpo.model.remat import choose_remat, fuse_adapters, kept_bytes_per_token
 from jaxgrpo.rank_plan import RankPlan
 
 

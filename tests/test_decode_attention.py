@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgrpo.model.attention import apply_rotary, rotary_tables
 from jaxgrpo.model.decode_attention import decode_attention
 from jaxgrpo.model.kv_cache import plain_attention, write_slot
 from jaxgrpo.model.presets import Qwen2Config
-from jaxgrpo.model.qwen2 import apply_rotary, rotary_tables
 
 PROMPTS, GROUP, SLOTS, WIDTH = 3, 2, 64, 64
 CONFIG = Qwen2Config(61, 6 * 128, 80, num_layers=1, num_heads=6, num_kv_heads=2)

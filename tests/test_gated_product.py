@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxgrpo.model import api, gated_product, qwen2
+from jaxgrpo.model import api, gated_product, sampler_layout
 from jaxgrpo.model.presets import Qwen2Config
 
 
@@ -55,7 +55,7 @@ def test_the_sampler_computes_the_same_with_tiles(monkeypatch):
         return weights, hidden, api.decode_step(config, weights, cache, mask, own, newest, t)
 
     _, *want = run()
-    monkeypatch.setattr(qwen2, "use_tiles", lambda dtype: True)
+    monkeypatch.setattr(sampler_layout, "use_tiles", lambda dtype: True)
     weights, *got = run()
     api.make_decode_weights.clear_cache()
     assert weights["layers"][0]["params"]["gate_up"]["tiles"].shape == (4, 2, 32, 48)

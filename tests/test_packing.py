@@ -12,8 +12,8 @@ from jaxgrpo.grpo.step import init_train_state, make_gradients, make_logprobs, m
 from jaxgrpo.mesh import make_mesh, replicate, shard_rows, to_host
 from jaxgrpo.model import qwen2
 from jaxgrpo.model.api import Qwen2Config, completion_logprobs, device_plan, init_base, init_lora
+from jaxgrpo.model.attention import causal_attention
 from jaxgrpo.model.pack_rows import pack_rows
-from jaxgrpo.model.qwen2 import causal_attention
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.types import TrainBatch
 from tests.gradients import assert_gradients_close

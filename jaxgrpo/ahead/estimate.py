@@ -15,7 +15,7 @@ from jaxgrpo.ahead.hlo import Counts, count
 from jaxgrpo.ahead.programs import PROGRAMS, Lowered, bytes_per_device, tokens_per_device
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.model.api import Qwen2Config, resharded_bytes
-from jaxgrpo.model.qwen2 import remat_that_fits
+from jaxgrpo.model.remat import remat_that_fits
 from jaxgrpo.rank_plan import RankPlan
 
 

@@ -13,7 +13,7 @@ from jaxgrpo.ahead.estimate import Estimate
 from jaxgrpo.ahead.programs import replace_mesh
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.model.api import Qwen2Config
-from jaxgrpo.model.qwen2 import kept_bytes_per_token, remat_that_fits
+from jaxgrpo.model.remat import kept_bytes_per_token, remat_that_fits
 from jaxgrpo.rank_plan import RankPlan
 
 MAX_TRIES = 4

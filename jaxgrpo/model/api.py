@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import MODULES
 from jaxgrpo.mesh import batch_parts, on_one_device, rollout_bytes, to_rollout_layout
+from jaxgrpo.model.attention import rotary_tables
 from jaxgrpo.model.bins import completions_from_scored, rows_from_bins, scored_from_rows
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.kv_cache import LayerCache, cache_slots, init_completion_cache
@@ -28,11 +29,10 @@ from jaxgrpo.model.qwen2 import (
     Block,
     Qwen2,
     RMSNorm,
-    choose_remat,
     join_adapters,
-    join_kernels,
-    rotary_tables,
 )
+from jaxgrpo.model.remat import resolve_remat
+from jaxgrpo.model.sampler_layout import join_kernels
 from jaxgrpo.types import LoraPlan, Packing, Tree
 
 __all__ = [
@@ -138,22 +138,6 @@ def hidden_states(
             variables["joined"] = {"layers": joined}
     hidden = Qwen2(config, remat).apply(variables, tokens, positions, mask, packing)
     return hidden if packing is None else rows_from_bins(hidden, packing)  # type: ignore[return-value,arg-type]
-
-
-def resolve_remat(
-    config: Qwen2Config,
-    remat: str,
-    tokens: Int[Array, "B T"],
-    packing: Packing | None,
-    micro_batches: int = 1,
-) -> str:
-    """`ModelConfig.remat` with `auto` resolved for these rows in so many parts."""
-    if packing is None:
-        return choose_remat(config, remat, tokens.size // micro_batches)
-    # cuDNN's attention keeps its output row by row.
-    attended = packing.rows.size if jax.default_backend() == "gpu" else 0
-    size = packing.tokens.size
-    return choose_remat(config, remat, size // micro_batches, attended // micro_batches)
 
 
 def input_moments(

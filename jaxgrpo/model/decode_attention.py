@@ -47,7 +47,7 @@ def decode_attention(
 
     Args:
         qkv: queries (N heads), keys (K) and values (K) of the new tokens, not yet rotated.
-        rope: cosine and sine at each row's position (`qwen2.rotary_tables`), float32.
+        rope: cosine and sine at each row's position (`attention.rotary_tables`), float32.
         prompt: {"k", "v"} [P, K, S, H], S a multiple of `block`.
         prompt_of: which prompt a row continues.
         completion: {"k", "v"} [B, K, C, H], C a multiple of `block`; updated in place.

@@ -6,8 +6,6 @@ SwiGLU). Norms, rotary tables, softmax and logits are float32; the rest in the c
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,16 +13,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgrpo.mesh import batch_parts, constrain, on_one_device
+from jaxgrpo.mesh import constrain
+from jaxgrpo.model.attention import Rope, apply_rotary, causal_attention, rotary_tables
 from jaxgrpo.model.bins import bins_from_rows, row_lengths, rows_from_bins
 from jaxgrpo.model.decode_attention import decode_attention
-from jaxgrpo.model.gated_product import (
-    gated_product,
-    make_tiles,
-    padded_width,
-    tile_width,
-    use_tiles,
-)
+from jaxgrpo.model.gated_product import padded_width
 from jaxgrpo.model.kv_cache import LayerCache, plain_attention, use_kernel, write_slot
 from jaxgrpo.model.lora import (
     Joined,
@@ -34,80 +27,9 @@ from jaxgrpo.model.lora import (
     project_joined,
 )
 from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.remat import checkpoint_policy, fuse_adapters, unroll_layers
+from jaxgrpo.model.sampler_layout import JOINED, GateTiles, split_product
 from jaxgrpo.types import LoraPlan, Packing, Tree
-
-Rope = tuple[jax.Array, jax.Array]
-"""cos, sin: float32 [..., H/2]."""
-
-JOINED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
-"""Projections of one input, and the name of their common matrix in the sampler's weights."""
-
-PRODUCTS = ("normed", "q", "k", "v", "attended", "residual", "gate_up", "gated", "down")
-"""What goes into matrix products and comes out of them, by the names given below; `down` is an
-adapter's inner value. Inputs are kept too: they exist in memory for the product anyway."""
-
-HEAD_BYTES = 10 * 4096
-"""A chunk of the head per vocabulary entry: scores, their copy, probabilities of 4,096 tokens."""
-
-
-def rotary_tables(config: Qwen2Config, positions: Int[Array, "..."]) -> Rope:
-    """cos and sin of position * theta^(-2i/H), in float32."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponent)
-    angles = positions[..., None].astype(jnp.float32) * frequencies.reshape(
-        (1,) * positions.ndim + (-1,)
-    )
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rotary(x: Float[Array, "... heads H"], rope: Rope) -> Float[Array, "... heads H"]:
-    """Rotates the two halves of each head (the "rotate_half" layout), in float32."""
-    cos, sin = (table[..., None, :] for table in rope)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-def causal_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    mask: Bool[Array, "B T"] | None,
-    lengths: Int[Array, " B"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Grouped-query causal attention.
-
-    Args:
-        mask: hides padding keys (needed for left padding only).
-        lengths: of right-padded rows, for programs that can leave out the rest, which then means
-            nothing, in the gradient as well.
-    """
-    # cuDNN's kernel has no float32 form and wants no explicit mask; plain XLA takes everything.
-    if mask is None and q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            query_seq_lengths=lengths,
-            key_value_seq_lengths=lengths,
-            implementation="cudnn",
-        )
-    rows, length, heads, head_dim = q.shape
-    groups = k.shape[2]
-    # Queries that share a key head stand under each other, so that each product is one plain
-    # matrix product per row and key head: on CPU three times as fast as one over five axes.
-    q = q.reshape(rows, length, groups, heads // groups, head_dim)
-    q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, head_dim)
-    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    if mask is not None:
-        seen = seen & mask[:, None, None, :]
-    seen = jnp.tile(seen, (1, 1, heads // groups, 1))
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(v.dtype)
-    attended = jnp.matmul(weights, v).reshape(rows, groups, heads // groups, length, head_dim)
-    return attended.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
 
 
 @jax.custom_vjp
@@ -168,11 +90,6 @@ def join_adapters(base: Tree, lora: Tree, plan: LoraPlan, remat: str) -> Tree | 
 
 def _name_of(modules: tuple[str, ...]) -> str:
     return "+".join(modules)
-
-
-def fuse_adapters() -> bool:
-    """Whether adapters are worth their place inside the frozen products (`lora.fused_product`)."""
-    return on_one_device() and jax.default_backend() == "gpu"
 
 
 class Block(nn.Module):
@@ -317,54 +234,6 @@ class Block(nn.Module):
         return constrain(self._finish(x, attended), "act_batch", "act_embed"), completion
 
 
-class GateTiles(nn.Module):
-    """silu(gate) * up by `gated_product`."""
-
-    in_features: int
-    features: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-        half = tile_width(self.features)
-        shape = (padded_width(self.features) // half, 2, half, self.in_features)
-        return gated_product(
-            x, self.param("tiles", nn.initializers.normal(0.02), shape, self.dtype)
-        )
-
-
-def split_product(x: Float[Array, "B i"], kernel: Float[Array, "i o"]) -> Float[Array, "B o"]:
-    """x @ kernel with the inner axis in a few parts that the card computes side by side, where
-    rows and columns alone are too few to keep it busy; XLA adds them up with what comes next."""
-    inner, width = kernel.shape
-    parts = next(parts for parts in (5, 4, 6, 3, 2, 1) if inner % (8 * parts) == 0)
-    x = x.reshape(len(x), parts, inner // parts)
-    kernel = kernel.reshape(parts, inner // parts, width)
-    products = jnp.einsum("bpi,pio->pbo", x, kernel, preferred_element_type=jnp.float32)
-    return jnp.sum(products, axis=0).astype(x.dtype)
-
-
-def join_kernels(layer: Tree) -> Tree:
-    """The same layer with projections of one input as one matrix (JOINED): fewer, larger products
-    where each has few rows. Gate and up go into tiles where `gated_product` has a kernel."""
-    joined = dict(layer)
-    if use_tiles(layer["down_proj"]["kernel"].dtype):
-        gate, up = (joined.pop(name)["kernel"] for name in JOINED["gate_up"])
-        joined["gate_up"] = {"tiles": make_tiles(gate, up)}
-        down = joined["down_proj"]["kernel"]
-        missing = padded_width(gate.shape[-1]) - gate.shape[-1]
-        down = jnp.pad(down, ((0, missing), (0, 0)))
-        joined["down_proj"] = {**joined["down_proj"], "kernel": down}
-    for name, parts in JOINED.items():
-        if name in joined:
-            continue
-        pieces = [joined.pop(part) for part in parts]
-        joined[name] = {
-            leaf: jnp.concatenate([piece[leaf] for piece in pieces], axis=-1) for leaf in pieces[0]
-        }
-    return joined
-
-
 class Qwen2(nn.Module):
     """Embedding, scanned layers, final norm. Returns hidden states; the head is `api.logits`."""
 
@@ -416,7 +285,7 @@ class Qwen2(nn.Module):
             return block.apply(layer, x, rope, mask, packing)[0]  # type: ignore[index]
 
         if self.remat != "none":
-            run = jax.checkpoint(run, policy=_policy(self.remat))
+            run = jax.checkpoint(run, policy=checkpoint_policy(self.remat))
         stacked = {
             kind: leaves["layers"]
             for kind, leaves in self.variables.items()
@@ -432,68 +301,8 @@ class Qwen2(nn.Module):
 
 
 def rematerialised(block: type[Block], remat: str) -> type[Block]:
-    """`block` under the named policy: keep everything, what PRODUCTS names, or nothing."""
+    """`block` under the named policy: keep everything, what `remat.PRODUCTS` names, or nothing."""
     if remat == "none":
         return block
     # Inside a loop the compiler cannot merge the recomputation away.
-    return nn.remat(block, policy=_policy(remat), prevent_cse=False)
-
-
-def _policy(remat: str) -> Any:
-    return _keep_products if remat == "products" else None
-
-
-_keep_named = jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
-
-
-def _keep_products(primitive: Any, *args: Any, **params: Any) -> Any:
-    """What PRODUCTS names and, where cuDNN attends, what its own backward pass wants: output and
-    log-sum-exp. They have no names, and without them the forward pass would run twice."""
-    if primitive.name.startswith("dot_product_attention_fwd"):
-        return True
-    return _keep_named(primitive, *args, **params)
-
-
-def unroll_layers(remat: str) -> bool:
-    """Whether training writes its layers out one after another.
-
-    A loop stacks what it keeps for the backward pass, which on GPU costs two more copies of every
-    kept value. With nothing kept the loop is as fast and compiles in a fraction of the time.
-    """
-    return remat in ("none", "products") and on_one_device() and jax.default_backend() == "gpu"
-
-
-def kept_bytes_per_token(config: Qwen2Config) -> int:
-    """What `products` keeps of one token, all layers together (adapters' inner values aside)."""
-    shapes = config.module_shapes
-    features = sum(shapes[m][1] for m in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
-    features += shapes["o_proj"][0] + shapes["down_proj"][0] + 3 * config.hidden_size
-    return config.num_layers * features * config.compute_dtype.itemsize
-
-
-def choose_remat(config: Qwen2Config, remat: str, tokens: int, attended: int = 0) -> str:
-    """`auto` resolved for a micro-batch of `tokens` tokens, of which attention makes `attended`
-    rows and padding: `products` if that fits, otherwise `full`. Devices that do not tell their
-    memory get `full`."""
-    if remat != "auto":
-        return remat
-    stats = jax.local_devices()[0].memory_stats() or {}
-    parts = batch_parts()
-    return remat_that_fits(config, tokens // parts, stats.get("bytes_limit", 0), attended // parts)
-
-
-def remat_that_fits(config: Qwen2Config, tokens: int, memory: int, attended: int = 0) -> str:
-    """What `auto` is for so many tokens on one device of `memory` bytes; 0: not known.
-
-    `products` may take half of the memory, and on one GPU, where it was measured, all that is left
-    beside weights (frozen, joined with the adapters, and the sampler's), a chunk of the head and a
-    reserve.
-    """
-    size = config.compute_dtype.itemsize
-    kept = tokens * kept_bytes_per_token(config)
-    kept += attended * config.num_layers * config.module_shapes["o_proj"][0] * size
-    room = 0.5 * memory
-    if fuse_adapters():
-        beside = 3 * config.num_parameters * size + HEAD_BYTES * config.vocab_size
-        room = max(room, 0.9 * memory - beside)
-    return "products" if kept < room else "full"
+    return nn.remat(block, policy=checkpoint_policy(remat), prevent_cse=False)

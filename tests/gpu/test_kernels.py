@@ -18,12 +18,12 @@ from jaxgrpo.model.api import (
     init_lora,
     make_decode_weights,
 )
+from jaxgrpo.model.attention import apply_rotary, rotary_tables
 from jaxgrpo.model.block_statistics import block_sums, kernel_statistics
 from jaxgrpo.model.decode_attention import decode_attention
 from jaxgrpo.model.gated_product import ROWS, gated_product, make_tiles, use_tiles
 from jaxgrpo.model.kv_cache import plain_attention, write_slot
 from jaxgrpo.model.pack_rows import pack_rows
-from jaxgrpo.model.qwen2 import apply_rotary, rotary_tables
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout import engine
 from jaxgrpo.rollout.engine import make_generate

@@ -1,0 +1,72 @@
+"""Rotary positions and causal attention over whole rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxgrpo.model.presets import Qwen2Config
+
+Rope = tuple[jax.Array, jax.Array]
+"""cos, sin: float32 [..., H/2]."""
+
+
+def rotary_tables(config: Qwen2Config, positions: Int[Array, "..."]) -> Rope:
+    """cos and sin of position * theta^(-2i/H), in float32."""
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponent)
+    angles = positions[..., None].astype(jnp.float32) * frequencies.reshape(
+        (1,) * positions.ndim + (-1,)
+    )
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary(x: Float[Array, "... heads H"], rope: Rope) -> Float[Array, "... heads H"]:
+    """Rotates the two halves of each head (the "rotate_half" layout), in float32."""
+    cos, sin = (table[..., None, :] for table in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    mask: Bool[Array, "B T"] | None,
+    lengths: Int[Array, " B"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query causal attention.
+
+    Args:
+        mask: hides padding keys (needed for left padding only).
+        lengths: of right-padded rows, for programs that can leave out the rest, which then means
+            nothing, in the gradient as well.
+    """
+    # cuDNN's kernel has no float32 form and wants no explicit mask; plain XLA takes everything.
+    if mask is None and q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )
+    rows, length, heads, head_dim = q.shape
+    groups = k.shape[2]
+    # Queries that share a key head stand under each other, so that each product is one plain
+    # matrix product per row and key head: on CPU three times as fast as one over five axes.
+    q = q.reshape(rows, length, groups, heads // groups, head_dim)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, head_dim)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    if mask is not None:
+        seen = seen & mask[:, None, None, :]
+    seen = jnp.tile(seen, (1, 1, heads // groups, 1))
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(v.dtype)
+    attended = jnp.matmul(weights, v).reshape(rows, groups, heads // groups, length, head_dim)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
