@@ -83,11 +83,13 @@ class Problem:
     Attributes:
         values: [M, L], or [M, L, R] for explained variance ratios.
         slots: what gets a rank: the L layers, or the M * L adapters, module by module.
+        sizes: parameters of one rank of each slot, whatever the budget counts.
     """
 
     modules: tuple[str, ...]
     values: np.ndarray
     slots: Slots
+    sizes: np.ndarray
     budget: Budget
 
     def by_layer(self, combine: Combine) -> np.ndarray:
@@ -154,22 +156,25 @@ def _problem(
                 f"allocation: the importance of {module} must be finite and not negative"
             )
     values = np.stack(arrays)
-    slots = _slots([shapes[module] for module in modules], values.shape[1], budget)
-    return Problem(modules, values, slots, budget)
+    slots, sizes = _slots([shapes[module] for module in modules], values.shape[1], budget)
+    return Problem(modules, values, slots, sizes, budget)
 
 
-def _slots(shapes: list[tuple[int, int]], layers: int, budget: Budget) -> Slots:
-    costs = np.array([sum(s) if budget.unit == "parameters" else 1 for s in shapes], np.int64)
+def _slots(shapes: list[tuple[int, int]], layers: int, budget: Budget) -> tuple[Slots, np.ndarray]:
+    """What gets a rank, and the parameters of one rank of each."""
+    sizes = np.array([sum(shape) for shape in shapes], np.int64)
+    costs = sizes if budget.unit == "parameters" else np.ones_like(sizes)
     high = np.array([min(s) for s in shapes], np.int64)
     if budget.max_rank is not None:
         high = np.minimum(high, budget.max_rank)
     if budget.granularity == "layer":
-        costs, high = costs.sum(keepdims=True), high.min(keepdims=True)
-    costs, high = np.repeat(costs, layers), np.repeat(high, layers)
+        costs, sizes = costs.sum(keepdims=True), sizes.sum(keepdims=True)
+        high = high.min(keepdims=True)
+    costs, sizes, high = (np.repeat(x, layers) for x in (costs, sizes, high))
     name = "layers" if budget.granularity == "layer" else "adapters"
     slots = Slots(costs, np.full(len(costs), budget.min_rank), high, name)
     check_limits(slots, budget.total, budget.unit)
-    return slots
+    return slots, sizes
 
 
 def _shares(weights: np.ndarray, slots: Slots) -> np.ndarray:
@@ -247,13 +252,15 @@ def top_k(problem: Problem, k: int, combine: Combine = "root_sum_square") -> np.
 
 
 def fim(problem: Problem) -> np.ndarray:
-    """FIM-LoRA (2605.16800): share of the mean squared gradient of B, water-filled.
+    """FIM-LoRA's ranks (2605.16800): in the ratio of the mean squared gradient of B.
 
     Importance is the mean over B's entries of the squared gradient, averaged over batches, at B = 0
-    (where A's gradient is 0). Budget: a sum of ranks; `max_rank` defaults to twice the mean rank;
-    floors and largest remainders, as in the authors' code. That code lifts slots below `min_rank`
-    afterwards, paid for only by unsaturated slots above it: with min_rank at the mean rank or more
-    it overspends (r = min_rank = 8: +25 %). Here the minimum is part of the water-filling.
+    (where A's gradient is 0): Fisher information where the loss is a log-likelihood; under GRPO the
+    second moment of the advantage-weighted gradient. The authors share out a sum of ranks, so the
+    *rank* is proportional to the score, whatever the budget counts. `max_rank` defaults to twice
+    the mean rank. Their code lifts slots below `min_rank` afterwards, paid for only by unsaturated
+    slots above it: with min_rank at the mean rank or more it overspends (r = min_rank = 8: +25 %).
+    Here the minimum is part of the water-filling. Their scale alpha / r is the study's to choose.
     """
     slots, budget = problem.slots, problem.budget
     if budget.max_rank is None:
@@ -261,17 +268,22 @@ def fim(problem: Problem) -> np.ndarray:
         cap = max(int(2 * mean), int(np.ceil(mean)), budget.min_rank)
         slots = Slots(slots.costs, slots.low, np.minimum(slots.high, cap), slots.name)
     values = problem.by_slot("sum")
-    return problem.solve(_shares(np.maximum(values, _FLOOR), slots), values, slots)
+    return problem.solve(np.maximum(values, _FLOOR), values, slots)
 
 
 def gora(problem: Problem) -> np.ndarray:
-    """GoRA (2502.12171): importance mean|W * G|, normalised, as a share of the parameter budget.
+    """GoRA's ranks (2502.12171): *parameters* in the ratio of mean|W * G|, whatever the budget.
 
-    rank = share * budget / (in + out), clipped. The authors' code floors and clips each rank on its
-    own, which misses the budget; here what clipping and rounding leave is shared out again.
+    rank = share of the parameters / (in + out), clipped. The authors' code floors and clips each
+    rank on its own, which misses the budget; here what clipping and rounding leave is shared out
+    again. Their initialisation of B, scale and LoRA+ are not part of it.
     """
     values = problem.by_slot("sum")
-    return problem.solve(_shares(np.maximum(values, _FLOOR), problem.slots), values)
+    ratios = np.maximum(values, _FLOOR) / problem.sizes
+    # Division rounds; what it made equal keeps the order it had.
+    pairs = np.stack([ratios, values], axis=1)
+    order = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+    return problem.solve(ratios, order)
 
 
 def eva(problem: Problem, rho: float = 2.0) -> np.ndarray:

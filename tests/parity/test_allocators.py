@@ -525,6 +525,37 @@ def test_fim_with_a_minimum_matches_a_bisection(low):
         np.testing.assert_array_equal(np.concatenate([ours[m] for m in modules]), theirs)
 
 
+def _level_reference(ratios, costs, budget, low, high):
+    """Real ranks clip(level * ratio, low, high) that cost the budget, the level by bisection."""
+    below, above = 0.0, high / min(ratios)
+    for _ in range(200):
+        level = (below + above) / 2
+        real = [min(max(level * ratio, low), high) for ratio in ratios]
+        cost = sum(c * r for c, r in zip(costs, real, strict=True))
+        below, above = (level, above) if cost < budget else (below, level)
+    return [min(max(above * ratio, low), high) for ratio in ratios]
+
+
+@pytest.mark.parametrize("unit", ["ranks", "parameters"])
+@pytest.mark.parametrize("method", ["fim", "gora"])
+def test_fim_and_gora_keep_their_own_formula_under_either_unit(method, unit):
+    """rank ~ score (FIM-LoRA) and rank ~ score / (in + out) (GoRA): against a bisection, to the
+    rounding that whole ranks and an exact budget take (measured: at most 1.2 ranks)."""
+    rng = np.random.default_rng(2)
+    shapes = {m: (64 * inputs, 64 * outputs) for m, (inputs, outputs) in SHAPES.items()}
+    sizes = np.repeat([float(sum(shape)) for shape in shapes.values()], LAYERS)
+    for _ in range(100):
+        scores = {m: rng.lognormal(0, 0.7, LAYERS) for m in shapes}
+        costs = sizes if unit == "parameters" else np.ones(len(sizes))
+        total = 24 * int(costs.sum())
+        ours = allocate(method, scores, shapes, Budget(total, unit, 2, 64, "module"))
+        flat = np.concatenate([ours[m] for m in shapes])
+        assert int(costs @ flat) == total
+        ratios = np.concatenate([scores[m] for m in shapes]) / (sizes if method == "gora" else 1)
+        theirs = _level_reference(ratios.tolist(), costs.tolist(), total, 2, 64)
+        assert np.abs(flat - theirs).max() < 1.5
+
+
 def _gora_reference(weights, gradients, budget, low, high):
     """GoRA's published ranks: each floored and clipped on its own, whatever that spends."""
     means = {key: np.abs(w * gradients[key]).mean() for key, w in weights.items()}

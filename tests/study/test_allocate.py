@@ -165,8 +165,9 @@ def check(method, case, **options):
     return flat
 
 
-def check_order(case, ranks, direction, combine="root_sum_square"):
-    """Of slots with one cost and one upper bound, more importance never means fewer ranks."""
+def check_order(case, ranks, direction, combine="root_sum_square", sizes=None):
+    """Of slots with one cost and one upper bound (and one of `sizes`, if given), more importance
+    never means fewer ranks."""
     if case.budget.granularity == "layer":
         arrays = np.stack(list(case.importance.values()))
         largest = arrays.max()
@@ -175,6 +176,8 @@ def check_order(case, ranks, direction, combine="root_sum_square"):
     else:
         values, slack = case.by_slot(case.importance), 0.0
     rows = np.array(case.slots())
+    if sizes is not None:
+        rows = np.column_stack([rows, sizes])
     for i in range(len(values)):
         alike = (rows == rows[i]).all(1)
         less = alike & (values * (1 + slack) < values[i])
@@ -290,7 +293,8 @@ def test_fim(case):
 def test_gora(case):
     ranks = check("gora", case)
     if ranks is not None:
-        check_order(case, ranks, 1, "sum")
+        in_parameters = replace(case, budget=replace(case.budget, unit="parameters"))
+        check_order(case, ranks, 1, "sum", [cost for cost, _, _ in in_parameters.slots()])
 
 
 @EVERY
@@ -351,6 +355,25 @@ def test_equal_ranks_are_equal_parameters_per_layer_but_not_per_module():
         ranks = allocate("proportional", importance, QWEN_1_5B, budget)
         assert spent(ranks, QWEN_1_5B, "parameters") == 36_929_536
         assert (spent(ranks, QWEN_1_5B) == 6272) == (granularity == "layer")
+
+
+def budget_of(mean_rank, unit, granularity="module"):
+    """What `mean_rank` everywhere costs in 28 layers."""
+    each = [sum(shape) if unit == "parameters" else 1 for shape in QWEN_1_5B.values()]
+    return Budget(mean_rank * 28 * sum(each), unit, 1, 64, granularity)
+
+
+@pytest.mark.parametrize("unit", ["ranks", "parameters"])
+def test_equal_scores_are_equal_ranks_to_fim_and_equal_parameters_to_gora_under_either_unit(unit):
+    """FIM-LoRA shares ranks out, GoRA parameters; what the budget counts is not for it to say."""
+    equal = dict.fromkeys(MODULES, np.ones(28))
+    fim = allocate("fim", equal, QWEN_1_5B, budget_of(16, unit))
+    assert {int(r) for ranks in fim.values() for r in ranks} == {16}
+    gora = allocate("gora", equal, QWEN_1_5B, budget_of(16, unit))
+    parameters = {m: ranks.mean() * sum(QWEN_1_5B[m]) for m, ranks in gora.items()}
+    # What is left are whole ranks: 9 in the MLP under `parameters`, 5 under `ranks`.
+    assert max(parameters.values()) / min(parameters.values()) < 1.1
+    assert gora["v_proj"].mean() > 5 * gora["up_proj"].mean()
 
 
 # What equalised promises, and what no rank can do.
