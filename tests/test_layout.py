@@ -23,6 +23,7 @@ GROUND_FLOOR = (
     "records.run_directory",
     "tasks.answers",
     "tasks.problems",
+    "tasks.quantities",
     "tasks.rewards",
 )
 CONFIGS = sorted([*ROOT.glob("configs/*.yaml"), *PACKAGE.glob("assets/*.yaml")])
