@@ -200,7 +200,8 @@ def _check_kind(dotted: str, kind: Any, value: Any) -> None:
         raise ConfigError(f"{dotted} is empty; give a value or leave the key out")
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{dotted} must be a mapping of names to weights, got {value!r}")
+            what = "a mapping of names to weights" if arguments[1] is float else "a mapping"
+            raise ConfigError(f"{dotted} must be {what}, got {value!r}")
         for name, weight in value.items():
             _check_kind(f"{dotted}.{name}", arguments[1], weight)
     elif origin is tuple:

@@ -16,6 +16,7 @@ from jaxgrpo.config import MAX_RANK, MODULES, Config, ConfigError
 from jaxgrpo.config_files import dump_config
 from jaxgrpo.rank_plan import RankPlan, make_rank_plan
 from jaxgrpo.records.run_directory import atomic_write_json
+from jaxgrpo.study.config import StudyConfig
 
 _EDIT = re.compile(rf"(layers|{'|'.join(MODULES)})(?:\.([0-9]{{1,4}})(?:-([0-9]{{1,4}}))?)?=(.*)")
 _SHADES = " ░▒▓█"
@@ -149,6 +150,8 @@ def dry_run(config: Config, console: Console) -> int:
     console.print(dump_config(config), highlight=False, markup=False, end="")
     console.print()
     print_plan(plan, model, console)
+    if isinstance(config, StudyConfig):
+        print_arms(config, console)
     table = Table(title="memory, estimated", title_justify="left", box=None, pad_edge=False)
     table.add_column("what")
     table.add_column("MiB", justify="right")
@@ -157,6 +160,36 @@ def dry_run(config: Config, console: Console) -> int:
     console.print(table)
     console.print("dry run: nothing was loaded or written")
     return 0
+
+
+def print_arms(config: StudyConfig, console: Console) -> None:
+    """What a study would train, after checking that every plan can be made.
+
+    Raises:
+        ConfigError: the first plan that no importance can turn into ranks.
+    """
+    from jaxgrpo.study.config import BOUNDED, arm_label, list_arms
+    from jaxgrpo.study.planner import Planner
+
+    Planner(config).check()
+    arms = list_arms(config)
+    table = Table(title="arms", title_justify="left", box=None, pad_edge=False)
+    for heading in ("arm", "seeds", "smallest rank", "largest"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for group in dict.fromkeys(arm.group for arm in arms):
+        mine = [arm for arm in arms if arm.group == group]
+        plan, mean = mine[0].plan, mine[0].mean_rank
+        bounds = config.bounds(mean, plan) if plan in BOUNDED else (mean, mean)
+        cells = [str(b) for b in bounds] if plan in BOUNDED or plan == "uniform" else ["0", "any"]
+        table.add_row(arm_label(mine[0], config), str(len(mine)), *cells)
+    console.print(table)
+    settings = config.study
+    probes = settings.probe.draws * len(settings.probe.scale_rules)
+    console.print(
+        f"{len(arms)} arms of {config.steps} steps; {len(settings.profile.objectives)} profiles "
+        f"and {probes} probes of {settings.profile.steps}",
+        highlight=False,
+    )
 
 
 PLAN = Command(

@@ -51,6 +51,8 @@ def allocate(
         )
     function = METHODS[method]
     problem = _problem(importance, shapes, budget, dimensions=2 if method == "eva" else 1)
+    if function is not reduced:  # whose own budget is smaller
+        check_limits(problem.slots, budget.total, budget.unit)
     parameters = list(inspect.signature(function).parameters.values())[1:]
     known = [p.name for p in parameters if p.name != "seed"]
     for name in options:
@@ -172,9 +174,7 @@ def _slots(shapes: list[tuple[int, int]], layers: int, budget: Budget) -> tuple[
         high = high.min(keepdims=True)
     costs, sizes, high = (np.repeat(x, layers) for x in (costs, sizes, high))
     name = "layers" if budget.granularity == "layer" else "adapters"
-    slots = Slots(costs, np.full(len(costs), budget.min_rank), high, name)
-    check_limits(slots, budget.total, budget.unit)
-    return slots, sizes
+    return Slots(costs, np.full(len(costs), budget.min_rank), high, name), sizes
 
 
 def _shares(weights: np.ndarray, slots: Slots) -> np.ndarray:
@@ -217,7 +217,10 @@ def random(problem: Problem, seed: int) -> np.ndarray:
 def reduced(
     problem: Problem, fraction: float = 0.7, combine: Combine = "root_sum_square"
 ) -> np.ndarray:
-    """`proportional` on the largest spendable budget up to `fraction` of the whole (2605.07366)."""
+    """`proportional` on the largest spendable budget up to `fraction` of the whole (2605.07366).
+
+    The bounds are those of the smaller plan.
+    """
     if not 0 < fraction <= 1:
         raise ConfigError(f"allocation: fraction must lie in (0, 1], got {fraction}")
     budget, slots = problem.budget, problem.slots
@@ -244,7 +247,15 @@ def top_k(problem: Problem, k: int, combine: Combine = "root_sum_square") -> np.
         raise ConfigError("allocation: every importance is 0, there is nothing to rank by")
     chosen = np.zeros(layers, bool)
     chosen[np.argsort(-importance, kind="stable")[:k]] = True
-    slots = problem.slots
+    slots, budget = problem.slots, problem.budget
+    least, most = (limit // layers for limit in slots.limits())  # layers are all alike
+    if least * (layers - k) + most * k < budget.total:
+        smallest = -(-(budget.total - least * layers) // (most - least))
+        raise ConfigError(
+            f"allocation: k={k} layers at their largest rank, the others at their smallest, cost "
+            f"{least * (layers - k) + most * k} of the {budget.total} {budget.unit}; the smallest "
+            f"k that spends them is {smallest} of {layers} layers"
+        )
     chosen = np.tile(chosen, len(slots.costs) // layers)
     high = np.where(chosen, slots.high, slots.low)
     slots = Slots(slots.costs, slots.low, high, slots.name)

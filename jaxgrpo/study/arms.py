@@ -6,32 +6,26 @@ on and a finished one only rebuilds its report, without jax.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.config import Config
 from jaxgrpo.config_files import dump_config
 from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json, atomic_write_text
-from jaxgrpo.study.allocate import allocate
-from jaxgrpo.study.budget import Budget, Granularity, Unit
+from jaxgrpo.study.budget import Unit
 from jaxgrpo.study.config import (
     DYNAMIC,
     FROM_CALIBRATION,
-    FROM_PROFILE,
-    AllocationConfig,
     Arm,
     StudyConfig,
     StudyFiles,
     list_arms,
 )
-from jaxgrpo.study.norms import importance, read_norms
+from jaxgrpo.study.planner import Planner, unit_of
 from jaxgrpo.study.report import write_report
 from jaxgrpo.study.results import collect_results
 from jaxgrpo.study.runs import (
@@ -42,7 +36,6 @@ from jaxgrpo.study.runs import (
     plan_name,
     probe_config,
     profile_config,
-    read_profile_model,
     write_plan,
 )
 
@@ -80,6 +73,7 @@ class Runner:
     def __init__(self, config: StudyConfig, console: Console) -> None:
         self.config = config
         self.files = StudyFiles(config.run_dir)
+        self.planner = Planner(config)
         self._console = console
         self._lab: Any = None
 
@@ -94,6 +88,7 @@ class Runner:
 
     def prepare(self) -> None:
         """All that the arms build on."""
+        self.planner.check()
         self.profiles()
         self.plans()
         self.probes()
@@ -106,29 +101,32 @@ class Runner:
 
     def plans(self) -> None:
         """Writes the plan of every arm and probe; a pure function of profiles and calibration."""
-        settings = self.config.study
-        if set(settings.arms.plans) & set(FROM_CALIBRATION) and not self.files.calibration.exists():
-            self._console.rule("[bold]calibration: gradients and inputs at step 0", align="left")
-            from jaxgrpo.study.calibrate import calibrate
-
-            batches = settings.profile.calibration_batches
-            width = max(self.config.bounds(rank)[1] for rank in self.config.mean_ranks)
-            found = calibrate(self.lab, batches, width)
-            atomic_write_json(self.files.calibration, found)
+        self.calibrations()
         self.files.plans.mkdir(exist_ok=True)
-        shapes = self.shapes()
         for arm in list_arms(self.config):
             if not has_plan_file(arm):
                 continue
-            name = plan_name(arm.plan, arm.mean_rank, arm.seed)
-            ranks = self.allocate(arm, shapes)
-            write_plan(self.files, name, ranks)
-        for draw in range(settings.probe.draws):
-            unit = settings.allocation.unit
-            budget = self.budget(self.config.lora.rank, shapes, unit, "module")
-            ones = {m: np.ones(self.layers()) for m in self.config.lora.target_modules}
-            ranks = allocate("random", ones, shapes, budget, seed=PROBE_SEED + draw)
-            write_plan(self.files, f"probe-{draw}", ranks)
+            ranks = self.planner.allocate(arm, self.planner.importance(arm))
+            name = plan_name(self.config, arm)
+            write_plan(self.files, name, ranks, self.planner.speeds(arm, ranks))
+        for draw in range(self.config.study.probe.draws):
+            ranks = self.planner.probe(PROBE_SEED + draw)
+            write_plan(self.files, f"probe-{draw}", ranks, {})
+
+    def calibrations(self) -> None:
+        """What fim, gora and eva measure, once per objective that an arm's importance is of."""
+        for arm in list_arms(self.config):
+            objective = self.config.importance_objective(arm.objective)
+            path = self.files.calibration(objective)
+            if arm.plan not in FROM_CALIBRATION or path.exists():
+                continue
+            title = f"calibration: gradients and inputs at step 0, {objective}"
+            self._console.rule(f"[bold]{title}", align="left")
+            from jaxgrpo.study.calibrate import calibrate
+
+            batches = self.config.study.profile.calibration_batches
+            width = max(self.config.width(rank) for rank in self.config.mean_ranks)
+            atomic_write_json(path, calibrate(self.lab, batches, width, objective))
 
     def probes(self) -> None:
         probe = self.config.study.probe
@@ -154,74 +152,11 @@ class Runner:
         if arm.plan in DYNAMIC:
             from jaxgrpo.study.dynamic import make_replan
 
-            replan = make_replan(self.config, arm, config, self.shapes())
+            replan = make_replan(self.config, arm, config, self.planner.shapes)
             sensitivity = arm.plan == "adalora"
             self.lab.run(title, config, replan=replan, track_sensitivity=sensitivity)
         else:
             self.lab.run(title, config)
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """module -> (in, out), as the profile's run recorded them."""
-        model = read_profile_model(self.config)
-        return {m: tuple(s) for m, s in model["module_shapes"].items()}  # type: ignore[misc]
-
-    def layers(self) -> int:
-        return read_profile_model(self.config)["layers"]
-
-    def budget(
-        self,
-        mean_rank: int,
-        shapes: Mapping[str, tuple[int, int]],
-        unit: Unit,
-        granularity: Granularity,
-    ) -> Budget:
-        """What mean_rank everywhere costs."""
-        low, high = self.config.bounds(mean_rank)
-        modules = self.config.lora.target_modules
-        each = [sum(shapes[m]) if unit == "parameters" else 1 for m in modules]
-        return Budget(
-            total=mean_rank * self.layers() * sum(each),
-            unit=unit,
-            min_rank=low,
-            max_rank=high,
-            granularity=granularity,
-        )
-
-    def allocate(self, arm: Arm, shapes: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
-        """Ranks of one arm."""
-        settings, plan = self.config.study.allocation, arm.plan
-        budget = self.budget(arm.mean_rank, shapes, settings.unit, settings.granularity)
-        options: dict[str, Any] = {}
-        if plan in ("adalora", "para"):
-            # Both start above their budget: para as wide as ranks may be, adalora by the ratio of
-            # PEFT's defaults, 12 to 8.
-            high = self.config.bounds(arm.mean_rank)[1]
-            start = high if plan == "para" else min(-(-3 * arm.mean_rank // 2), high)
-            return {m: np.full(self.layers(), start) for m in self.config.lora.target_modules}
-        if plan in FROM_CALIBRATION:
-            raw = json.loads(self.files.calibration.read_text(encoding="utf-8"))[plan]
-            values = {module: np.asarray(v) for module, v in raw.items()}
-            budget = self.budget(arm.mean_rank, shapes, unit_of(plan, settings), "module")
-        elif plan in FROM_PROFILE:
-            view = "weight" if plan == "equalised" else settings.view
-            norms = read_norms(self.files.profile(settings.objective), view)
-            assert norms is not None, f"the profile has no view {view}"
-            values = importance(norms)
-            if plan == "top_k":
-                options["k"] = settings.top_layers
-            elif plan == "reduced":
-                options["fraction"] = settings.reduced_fraction
-                # The smallest rank goes down with the budget, as the paper's does (20 to 12).
-                low = int(budget.min_rank * settings.reduced_fraction)
-                budget = dataclasses.replace(budget, min_rank=low)
-            elif plan == "equalised":
-                options["scale_rule"] = arm.scale_rule
-        else:
-            values = {m: np.ones(self.layers()) for m in self.config.lora.target_modules}
-        try:
-            return allocate(plan, values, shapes, budget, seed=arm.seed, **options)
-        except ConfigError as error:
-            raise ConfigError(f"plan {plan} at mean rank {arm.mean_rank}: {error}") from None
 
     def check_budgets(self, arms: list[Arm], configs: list[Config]) -> None:
         """Prints the realised ranks and asserts that arms of one mean rank cost the same.
@@ -232,10 +167,10 @@ class Runner:
         table.add_column("arm", no_wrap=True)
         for heading in ("ranks", "smallest", "largest", "parameters"):
             table.add_column(heading, justify="right")
-        shapes = self.shapes()
+        shapes = self.planner.shapes
         spent: dict[tuple[int, Unit], int] = {}
         for arm, config in zip(arms, configs, strict=True):
-            plan = make_rank_plan(config.lora, self.layers())
+            plan = make_rank_plan(config.lora, self.planner.layers)
             parameters = plan.trainable_parameters(shapes)
             every = np.concatenate(list(plan.ranks.values()))
             table.add_row(
@@ -252,11 +187,6 @@ class Runner:
             first = spent.setdefault((arm.mean_rank, unit), cost)
             assert cost == first, f"arm {arm.name} costs {cost} {unit}, the others {first}"
         self._console.print(table)
-
-
-def unit_of(plan: str, allocation: AllocationConfig) -> Unit:
-    """What a plan's budget counts: eva's principal components are worth a rank each."""
-    return "ranks" if plan == "eva" else allocation.unit
 
 
 def print_verdict(results: dict, console: Console) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrpo.config import Objective
 from jaxgrpo.grpo.advantages import compute_advantages
 from jaxgrpo.grpo.step import make_gradients
-from jaxgrpo.iteration import make_train_batch, sample_rollout, score
+from jaxgrpo.iteration import (
+    Programs,
+    gold_rollout,
+    make_train_batch,
+    sample_rollout,
+    score,
+)
 from jaxgrpo.model.api import input_moments
 from jaxgrpo.session import Session
 from jaxgrpo.study.lab import Lab
@@ -18,15 +26,21 @@ from jaxgrpo.tasks.data import decode_completions
 from jaxgrpo.types import TrainBatch, Tree
 
 
-def calibrate(lab: Lab, batches: int, components: int) -> dict[str, dict[str, list]]:
+def calibrate(
+    lab: Lab, batches: int, components: int, objective: Objective
+) -> dict[str, dict[str, list]]:
     """method -> module -> importances, over the first `batches` batches of the run.
 
-    fim: mean over batches and entries of B's squared gradient (arXiv 2605.16800), [L].
+    fim: mean over batches and entries of B's squared gradient (arXiv 2605.16800), [L]. Under sft
+    the empirical Fisher information of batches; under grpo the second moment of the
+    advantage-weighted gradient, which is no Fisher information: a batch whose answers are all right
+    or all wrong adds nothing to it.
     gora: mean |W * G|, G the weight gradient averaged over batches (arXiv 2502.12171), [L].
     eva: explained variance ratios of each projection's centred inputs over real tokens
     (arXiv 2410.07170), the `components` largest, [L, components].
     """
     session = lab.session
+    session = session.with_config(dataclasses.replace(session.config, objective=objective))
     with jax.set_mesh(session.mesh):
         return _calibrate(session, lab, batches, components)
 
@@ -39,7 +53,7 @@ def _calibrate(session: Session, lab: Lab, batches: int, components: int) -> dic
         config.rollout.temperature,
         config.rollout.max_completion_tokens,
         config.model.remat,
-        objective="grpo",
+        objective=config.objective,
         by_kernels=True,
     )
 
@@ -57,11 +71,7 @@ def _calibrate(session: Session, lab: Lab, batches: int, components: int) -> dic
     lora, programs = session.init_lora(), lab.programs(session)
     total = None
     for step in range(batches):
-        prompts, rollout = sample_rollout(session, programs, lora, step)
-        texts = decode_completions(session.tokenizer, rollout.tokens, rollout.lengths)
-        rewards, _ = score(session, prompts, texts, rollout)
-        advantages = compute_advantages(rewards, config.grpo.group_size, config.grpo.scale_rewards)
-        batch = make_train_batch(session, programs, lora, prompts, rollout, advantages)
+        batch = _batch(session, programs, lora, step)
         found = measure(lora, session.base, batch)
         total = found if total is None else add(total, found)
     assert total is not None
@@ -79,6 +89,20 @@ def _calibrate(session: Session, lab: Lab, batches: int, components: int) -> dic
         "gora": {m: np.asarray(v).tolist() for m, v in gora(session.base, kernel_grads).items()},
         "eva": {m: explained_variance(v, components).tolist() for m, v in moments.items()},
     }
+
+
+def _batch(session: Session, programs: Programs, lora: Tree, step: int) -> TrainBatch:
+    """The rows that a step of the run's objective would train on."""
+    grpo = session.config.grpo
+    if session.config.objective == "sft":
+        prompts, rollout = gold_rollout(session, step)
+        advantages = np.ones(len(rollout.lengths), np.float32)
+    else:
+        prompts, rollout = sample_rollout(session, programs, lora, step)
+        texts = decode_completions(session.tokenizer, rollout.tokens, rollout.lengths)
+        rewards, _ = score(session, prompts, texts, rollout)
+        advantages = compute_advantages(rewards, grpo.group_size, grpo.scale_rewards)
+    return make_train_batch(session, programs, lora, prompts, rollout, advantages)
 
 
 def _used_mean(gradient: jax.Array, mask: jax.Array) -> jax.Array:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,11 +13,32 @@ from jaxgrpo.config import Config, ConfigError, Objective, ScaleRule, check_choi
 
 View = Literal["l2", "rms", "rank_free", "weight"]
 SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
-FROM_PROFILE = ("proportional", "inverse", "reduced", "top_k", "equalised")
+FROM_PROFILE = (
+    "proportional",
+    "proportional_module",
+    "inverse",
+    "reduced",
+    "top_k",
+    "equalised",
+)
 FROM_CALIBRATION = ("fim", "gora", "eva")
+BY_MODULE = ("proportional_module", *FROM_CALIBRATION)
+"""Plans that rank single adapters, whatever study.allocation.granularity is."""
 DYNAMIC = ("adalora", "adaptive", "para")
 """Plans that change during training, or, para, once at its end."""
 PLANS = ("uniform", "random", *FROM_PROFILE, *FROM_CALIBRATION, *DYNAMIC)
+BOUNDED = ("random", *FROM_PROFILE, *FROM_CALIBRATION, "adaptive")
+"""Plans whose ranks keep to bounds; the others start from one rank and may cut an adapter away."""
+PLAN_LABELS = {
+    "proportional_module": "proportional (one rank per module)",
+    "fim": "FIM-LoRA (ranks only)",
+    "gora": "GoRA (ranks only)",
+    "eva": "EVA (ranks only)",
+    "adalora": "AdaLoRA (ranks only)",
+    "para": "PARA",
+}
+"""What tables call a plan, where not by its name. Ranks only: the method's rule for ranks, without
+its initialisation, its scale and whatever else belongs to it."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -51,15 +74,19 @@ class AllocationConfig:
 
     view: View = "l2"
     """The importance: raw norms (the paper), per parameter, rank-free, or of the frozen weight."""
-    objective: Objective = "grpo"
-    """Whose profile gives the importance."""
+    objective: Objective | None = None
+    """Whose profile gives the importance. Default: the objective that the arm trains with."""
     unit: Literal["ranks", "parameters"] = "parameters"
     """What arms have in common; eva always counts ranks, whose prices differ between modules."""
     granularity: Literal["layer", "module"] = "layer"
-    """One rank for all modules of a layer, or one each; fim, gora and eva always rank modules."""
+    """One rank for all modules of a layer, or one each; proportional_module, fim, gora and eva
+    always rank modules."""
     min_rank: int = 1
     max_rank: int | None = None
     """Bounds at lora.rank, scaled with the mean rank in a sweep. Default: twice lora.rank."""
+    bounds: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Plan -> its own smallest and largest rank at lora.rank, in place of min_rank and max_rank.
+    Those of reduced default to reduced_fraction times the others'."""
     reduced_fraction: float = 0.7
     top_layers: int = 4
     adaptive_every_steps: int = 20
@@ -73,6 +100,13 @@ class AllocationConfig:
         _require(
             0 < self.reduced_fraction < 1, "study.allocation.reduced_fraction must lie in (0, 1)"
         )
+        for plan, pair in self.bounds.items():
+            check_choice(plan, BOUNDED, "study.allocation.bounds")
+            _require(
+                len(pair) == 2 and 0 <= pair[0] <= pair[1] and pair[1] >= 1,
+                f"study.allocation.bounds.{plan} must be a smallest and a largest rank, as in "
+                f"[16, 48], got {list(pair)}",
+            )
         _require(self.top_layers >= 1, "study.allocation.top_layers must be at least 1")
         _require(
             self.adaptive_every_steps >= 1, "study.allocation.adaptive_every_steps must be >= 1"
@@ -95,16 +129,18 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class ArmsConfig:
-    """Which plans are trained to the end and compared: plans x scale rules x mean ranks x seeds."""
+    """Which plans are trained to the end and compared: objectives x mean ranks x plans x scale
+    rules x seeds. Arms of different objectives are not compared with each other."""
 
     plans: tuple[str, ...] = ("uniform", "proportional", "inverse", "random")
     scale_rules: tuple[ScaleRule, ...] = ("constant",)
     seeds: tuple[int, ...] = (0, 1)
     mean_ranks: tuple[int, ...] = ()
     """Default: lora.rank alone."""
+    objectives: tuple[Objective, ...] = ("grpo",)
 
     def __post_init__(self) -> None:
-        for name in ("plans", "scale_rules", "seeds", "mean_ranks"):
+        for name in ("plans", "scale_rules", "seeds", "mean_ranks", "objectives"):
             values = getattr(self, name)
             _require(
                 len(set(values)) == len(values), f"study.arms.{name} holds a value twice: {values}"
@@ -140,34 +176,71 @@ class StudyConfig(Config):
         super().__post_init__()
         _require(self.lora.plan is None, "a study makes its own plans: leave lora.plan out")
         _require(self.lora.max_rank is None, "a study sets lora.max_rank: leave it out")
-        _require(self.objective == "grpo", "a study trains its arms with objective grpo")
         _require(
-            self.study.allocation.objective in self.study.profile.objectives,
-            f"study.allocation.objective={self.study.allocation.objective} is not profiled: add it "
-            "to study.profile.objectives",
+            self.objective == "grpo",
+            "a study trains its arms with study.arms.objectives: leave objective out",
         )
+        given = self.study.allocation.objective
+        for needed in (given,) if given else self.study.arms.objectives:
+            _require(
+                needed in self.study.profile.objectives,
+                f"the arms' importance is measured under {needed}, which is not profiled: add it "
+                "to study.profile.objectives",
+            )
         _require(
             "equalised" not in self.study.arms.plans or "rslora" not in self.study.arms.scale_rules,
             "study.arms.plans holds equalised, but under rslora a gradient's share does not depend "
             "on rank, so no plan equalises it: take rslora out of study.arms.scale_rules",
         )
-        low, high = self.study.allocation.min_rank, self.study.allocation.max_rank
+        self._check_bounds()
+
+    def _check_bounds(self) -> None:
+        """Refuses bounds that no ranks of the mean that a plan has can keep."""
+        allocation, rank = self.study.allocation, self.lora.rank
+        high = allocation.max_rank or 2 * rank
         _require(
-            low <= self.lora.rank and (high is None or self.lora.rank <= high),
-            f"lora.rank={self.lora.rank} lies outside study.allocation's bounds, min_rank={low} to "
-            f"max_rank={high or 2 * self.lora.rank}",
+            allocation.min_rank <= rank <= high,
+            f"lora.rank={rank} lies outside study.allocation's bounds, "
+            f"min_rank={allocation.min_rank} to max_rank={high}",
         )
+        for plan, (low, high) in allocation.bounds.items():
+            mean = rank * (allocation.reduced_fraction if plan == "reduced" else 1)
+            _require(
+                low <= mean <= high,
+                f"the mean rank {mean:g} of {plan} lies outside study.allocation.bounds.{plan}: "
+                f"{low} to {high}",
+            )
 
     @property
     def mean_ranks(self) -> tuple[int, ...]:
         return self.study.arms.mean_ranks or (self.lora.rank,)
 
-    def bounds(self, mean_rank: int) -> tuple[int, int]:
-        """Smallest and largest rank of a plan of this mean rank."""
+    def bounds(self, mean_rank: int, plan: str | None = None) -> tuple[int, int]:
+        """Smallest and largest rank of a plan of this mean rank; without a plan, of most."""
         allocation, rank = self.study.allocation, self.lora.rank
-        high = allocation.max_rank or 2 * rank
-        low = min(allocation.min_rank * mean_rank // rank, mean_rank)
-        return low, max(-(-high * mean_rank // rank), mean_rank)
+        low, high = allocation.min_rank, allocation.max_rank or 2 * rank
+        mean, part = float(mean_rank), mean_rank / rank
+        if plan == "reduced":
+            mean *= allocation.reduced_fraction
+        if plan in allocation.bounds:
+            low, high = allocation.bounds[plan]
+        elif plan == "reduced":
+            part *= allocation.reduced_fraction
+        # 0.7 * 20 is 14 to whoever wrote it, whatever float64 makes of it.
+        low = min(math.floor(low * part + 1e-9), math.floor(mean))
+        return low, max(math.ceil(high * part - 1e-9), math.ceil(mean))
+
+    def width(self, mean_rank: int) -> int:
+        """Ranks that every arm's adapters are stacked to: one program, and one draw of A, for all.
+
+        It does not depend on which plans are compared, so that arms can be added to a study.
+        """
+        plans = (None, *self.study.allocation.bounds)
+        return max(self.bounds(mean_rank, plan)[1] for plan in plans)
+
+    def importance_objective(self, objective: Objective) -> Objective:
+        """Whose gradient ranks the layers of an arm that trains with `objective`."""
+        return self.study.allocation.objective or objective
 
     def plain(self) -> Config:
         """The configuration without the study."""
@@ -187,12 +260,14 @@ class Arm:
     scale_rule: ScaleRule | None
     mean_rank: int
     seed: int
+    objective: Objective = "grpo"
 
     @property
     def group(self) -> str:
         """What the arms of all seeds share."""
         rule = "" if self.scale_rule is None else f"-{self.scale_rule}"
-        return f"{self.plan}{rule}-r{self.mean_rank}"
+        objective = "" if self.objective == "grpo" else f"-{self.objective}"
+        return f"{self.plan}{rule}-r{self.mean_rank}{objective}"
 
     @property
     def name(self) -> str:
@@ -203,12 +278,23 @@ def list_arms(config: StudyConfig) -> list[Arm]:
     """Every arm, reference first."""
     arms = config.study.arms
     found = []
-    for rank in config.mean_ranks:
-        for plan in arms.plans:
-            same = plan == "uniform" and rank == config.lora.rank
-            for rule in (None,) if same else arms.scale_rules:
-                found += [Arm(plan, rule, rank, seed) for seed in arms.seeds]
+    for objective, rank, plan in itertools.product(arms.objectives, config.mean_ranks, arms.plans):
+        same = plan == "uniform" and rank == config.lora.rank
+        for rule in (None,) if same else arms.scale_rules:
+            found += [Arm(plan, rule, rank, seed, objective) for seed in arms.seeds]
     return found
+
+
+def arm_label(arm: Arm, config: StudyConfig) -> str:
+    """What tables call the arms of a group: as much as tells them apart."""
+    arms, parts = config.study.arms, [PLAN_LABELS.get(arm.plan, arm.plan)]
+    if arm.scale_rule is not None and len(arms.scale_rules) > 1:
+        parts.append(arm.scale_rule)
+    if len(config.mean_ranks) > 1:
+        parts.append(f"rank {arm.mean_rank}")
+    if len(arms.objectives) > 1:
+        parts.append(arm.objective.upper())
+    return ", ".join(parts)
 
 
 def scaled_lora(config: StudyConfig, rule: ScaleRule | None, mean_rank: int) -> dict:
@@ -229,7 +315,7 @@ def scaled_lora(config: StudyConfig, rule: ScaleRule | None, mean_rank: int) -> 
         "rank": mean_rank,
         "alpha": alpha,
         "scale_rule": rule or "constant",
-        "max_rank": config.bounds(mean_rank)[1],
+        "max_rank": config.width(mean_rank),
     }
 
 
@@ -240,8 +326,10 @@ class StudyFiles:
         self.root = Path(root)
         self.results = self.root / "results.json"
         self.plans = self.root / "plans"
-        self.calibration = self.root / "calibration.json"
         self.html = self.root / "report.html"
+
+    def calibration(self, objective: str) -> Path:
+        return self.root / f"calibration{'' if objective == 'grpo' else f'-{objective}'}.json"
 
     def profile(self, objective: str) -> Path:
         return self.root / "profiles" / objective

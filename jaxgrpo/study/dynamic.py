@@ -36,7 +36,7 @@ def make_replan(
     if arm.plan == "para":
         return para_replan(run.steps, arm.mean_rank)
     allocation = config.study.allocation
-    low, high = config.bounds(arm.mean_rank)
+    low, high = config.bounds(arm.mean_rank, arm.plan)
     return adaptive_replan(
         Path(run.run_dir) / "layer_grad_norms.jsonl",
         allocation.adaptive_every_steps,

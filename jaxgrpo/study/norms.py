@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from jaxgrpo.config import MODULES
+from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.records.run_directory import read_jsonl
 
 
@@ -34,6 +37,25 @@ def read_norms(run_dir: Path, view: str) -> dict[str, np.ndarray] | None:
 def layer_norms(norms: dict[str, np.ndarray]) -> np.ndarray:
     """[T, L]: a layer's norm is that of all its gradients together (root of squares)."""
     return np.sqrt(np.sum([np.square(x) for x in norms.values()], axis=0))
+
+
+def first_order_speed(plan: RankPlan, importance: Mapping[str, np.ndarray]) -> float:
+    """How fast a plan learns at first, relative to `reference_rank` everywhere under its own rule.
+
+    sum s_i r_i g_i / (s r sum g_i) over the adapters. One Adam step from B = 0 is dB = -lr
+    sign(s A^T G): the loss falls by about s_i r_i times the gradient's size, so that under
+    `constant` a rank is a learning rate too, and under `alpha_over_r` it is none.
+
+    Args:
+        importance: module -> [L], the size g of the gradient, best that of the frozen weight, which
+            no rank enters.
+    """
+    at = plan.reference_rank
+    uniform = {m: np.full(plan.layers, at) for m in plan.modules}
+    scales, level = plan.scales(), dataclasses.replace(plan, ranks=uniform).scales()
+    speeds = [scales[m] * plan.ranks[m] @ importance[m] for m in plan.modules]
+    reference = [level[m] * at @ importance[m] for m in plan.modules]
+    return float(np.sum(speeds) / np.sum(reference))
 
 
 def importance(norms: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

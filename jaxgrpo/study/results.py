@@ -12,7 +12,7 @@ from jaxgrpo import stats
 from jaxgrpo.config import EMBEDDED
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.study.amplification import amplification, amplification_verdict
-from jaxgrpo.study.config import DYNAMIC, Arm, StudyConfig, StudyFiles, list_arms
+from jaxgrpo.study.config import DYNAMIC, Arm, StudyConfig, StudyFiles, arm_label, list_arms
 from jaxgrpo.study.norms import layer_norms, read_norms
 from jaxgrpo.study.verdict import question, verdict
 
@@ -58,7 +58,7 @@ def collect_results(config: StudyConfig) -> dict[str, Any]:
         ),
         "profiles": profiles,
         "importance": {
-            "objective": config.study.allocation.objective,
+            "objective": config.importance_objective(config.study.arms.objectives[0]),
             "view": config.study.allocation.view,
         },
         "amplification": slopes,
@@ -105,7 +105,7 @@ def _arm(
     tokens = int(sum(r["num_tokens"] for run in metrics for r in run))
     sizes = {_read(files.arm(arm) / "summary.json").get("trainable_parameters") for arm in arms}
     return {
-        "name": _label(first, config),
+        "name": arm_label(first, config),
         "plan": first.plan,
         "scale_rule": first.scale_rule or "any",
         "mean_rank": first.mean_rank,
@@ -130,13 +130,6 @@ def _arm(
     }
 
 
-def _label(arm: Arm, config: StudyConfig) -> str:
-    one_rule = len(config.study.arms.scale_rules) == 1
-    rule = "" if one_rule or arm.scale_rule is None else f", {arm.scale_rule}"
-    rank = f", rank {arm.mean_rank}" if len(config.mean_ranks) > 1 else ""
-    return f"{arm.plan}{rule}{rank}"
-
-
 def _compare(
     found: list[dict],
     groups: dict[str, list[Arm]],
@@ -151,13 +144,13 @@ def _compare(
         if arm.plan == "uniform":
             continue
         rule = None if arm.mean_rank == config.lora.rank else arm.scale_rule
-        reference = Arm("uniform", rule, arm.mean_rank, arm.seed).group
+        reference = Arm("uniform", rule, arm.mean_rank, arm.seed, arm.objective).group
         mine, other = correct[group], correct.get(reference)
         if mine is None or other is None:
             continue
         paired = stats.paired_difference(mine, other)
         entry["versus"] = {
-            "arm": _label(groups[reference][0], config),
+            "arm": arm_label(groups[reference][0], config),
             "difference": paired.difference,
             "low": paired.low,
             "high": paired.high,
@@ -272,7 +265,7 @@ def _allocations(config: StudyConfig, files: StudyFiles) -> list[dict]:
             continue
         ranks = list(summary["plan"]["ranks"].values())
         note = "as it ended" if arm.plan in DYNAMIC else ""
-        name = f"{_label(arm, config)}" + (f", seed {arm.seed}" if arm.plan == "random" else "")
+        name = f"{arm_label(arm, config)}" + (f", seed {arm.seed}" if arm.plan == "random" else "")
         found.append({"plan": name, "layer_ranks": np.mean(ranks, axis=0).tolist(), "note": note})
     return found
 
@@ -291,7 +284,8 @@ def _settings(config: StudyConfig, files: StudyFiles) -> dict[str, str]:
         "learning rate": f"{config.optim.learning_rate:g}, {config.optim.schedule}",
         "budget": f"mean rank {', '.join(map(str, config.mean_ranks))}, ranks {low} to {high}, "
         f"counted in {allocation.unit}, one rank per {allocation.granularity}",
-        "importance": f"{allocation.view} norms of the {allocation.objective} profile",
+        "importance": f"{allocation.view} norms of the profile under "
+        + (allocation.objective or "the arm's own objective"),
         "scale": f"every rule gives {config.lora.alpha / config.lora.rank:g} at rank "
         f"{config.lora.rank}",
         "adapted": ", ".join(config.lora.target_modules),

@@ -12,7 +12,13 @@ import yaml
 from jaxgrpo.config import Config, ConfigError, Objective, ScaleRule
 from jaxgrpo.config_files import encode_config
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json
-from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, list_arms, scaled_lora
+from jaxgrpo.study.config import (
+    Arm,
+    StudyConfig,
+    StudyFiles,
+    list_arms,
+    scaled_lora,
+)
 
 
 def has_plan_file(arm: Arm) -> bool:
@@ -20,14 +26,25 @@ def has_plan_file(arm: Arm) -> bool:
     return arm.plan not in ("uniform", "adaptive")
 
 
-def plan_name(plan: str, mean_rank: int, seed: int) -> str:
-    """A random plan is drawn anew for every seed; the others are one plan for all."""
-    return f"{plan}-r{mean_rank}" + (f"-s{seed}" if plan == "random" else "")
+def plan_name(config: StudyConfig, arm: Arm) -> str:
+    """Arms share a plan where what it is made from is the same: a random one is drawn for every
+    seed, equalised ranks depend on the scale rule, measured ones on whose gradient it was."""
+    name = f"{arm.plan}-r{arm.mean_rank}"
+    if arm.plan == "random":
+        name += f"-s{arm.seed}"
+    if arm.plan == "equalised":
+        name += f"-{arm.scale_rule}"
+    if (objective := config.importance_objective(arm.objective)) != "grpo":
+        name += f"-{objective}"
+    return name
 
 
-def write_plan(files: StudyFiles, name: str, ranks: Mapping[str, np.ndarray]) -> None:
+def write_plan(
+    files: StudyFiles, name: str, ranks: Mapping[str, np.ndarray], speed: Mapping[str, float]
+) -> None:
+    """A plan for `lora.plan`, with its first-order speed under every scale rule."""
     lists = {module: np.asarray(values).tolist() for module, values in ranks.items()}
-    atomic_write_json(files.plan(name), {"ranks": lists})
+    atomic_write_json(files.plan(name), {"ranks": lists, "speed": dict(speed)})
 
 
 def profile_config(config: StudyConfig, objective: Objective) -> Config:
@@ -66,10 +83,11 @@ def arm_config(config: StudyConfig, arm: Arm, first: bool) -> Config:
     files = StudyFiles(config.run_dir)
     settings = scaled_lora(config, arm.scale_rule, arm.mean_rank)
     if has_plan_file(arm):
-        settings["plan"] = str(files.plan(plan_name(arm.plan, arm.mean_rank, arm.seed)))
+        settings["plan"] = str(files.plan(plan_name(config, arm)))
     return dataclasses.replace(
         config.plain(),
         run_dir=str(files.arm(arm)),
+        objective=arm.objective,
         seed=config.seed + arm.seed,
         lora=dataclasses.replace(config.lora, **settings),
         eval=dataclasses.replace(config.eval, before_training=first),
@@ -92,9 +110,11 @@ def is_done(config: Config) -> bool:
     return yaml.safe_load(run.config.read_text(encoding="utf-8")) == wanted
 
 
-def read_profile_model(config: StudyConfig) -> dict:
-    """Layers and module shapes of the model, from the GRPO profile's summary."""
+def read_profile_model(config: StudyConfig) -> dict | None:
+    """Layers and module shapes of the model, from the GRPO profile's summary; None without one."""
     run = RunDirectory(StudyFiles(config.run_dir).profile("grpo"))
+    if not run.summary.is_file():
+        return None
     return json.loads(run.summary.read_text(encoding="utf-8"))["model"]
 
 

@@ -57,11 +57,11 @@ class Case:
             rows = [(sum(r[0] for r in rows), b.min_rank, min(r[2] for r in rows))]
         return [row for row in rows for _ in range(self.layers)]
 
-    def in_limits(self):
-        """Whether the bounds alone allow the budget."""
-        rows = self.slots()
+    def in_limits(self, total=None):
+        """Whether the bounds alone allow the budget, or another total."""
+        rows, total = self.slots(), self.budget.total if total is None else total
         least, most = (sum(row[0] * row[i] for row in rows) for i in (1, 2))
-        return least <= self.budget.total <= most and all(r[1] <= r[2] for r in rows)
+        return least <= total <= most and all(r[1] <= r[2] for r in rows)
 
     def by_slot(self, by_module):
         """Values of the slots from module -> [L]; one module's stand for its layer."""
@@ -137,6 +137,8 @@ def check(method, case, **options):
             assert all((x == 0).all() for x in case.importance.values())
         elif any(low > high for _, low, high in rows):
             assert "min_rank" in message or "outside" in message
+        elif "the smallest k" in message:
+            assert sum(cost * high for cost, _, high in rows) < budget.total
         else:
             # Otherwise only a budget that no ranks within the bounds can cost is refused.
             sums = sums_of(rows, 4 * budget.total + 200)
@@ -235,7 +237,7 @@ def test_random(case):
 def test_reduced(case, fraction):
     rows = case.slots()
     limit = math.floor(round(fraction * case.budget.total, 6))
-    sums = sums_of(rows, limit) if case.in_limits() else set()
+    sums = sums_of(rows, limit) if case.in_limits(limit) else set()
     if not sums or not any(x.any() for x in case.importance.values()):
         with pytest.raises(ConfigError):
             allocate("reduced", case.importance, case.shapes, case.budget, fraction=fraction)

@@ -205,7 +205,7 @@ def test_mistakes_in_a_study_are_told(changes, message):
     [
         ("lora", {"plan": "x.json"}, "leave lora.plan out"),
         ("lora", {"max_rank": 9}, "leave it out"),
-        ("objective", "sft", "objective grpo"),
+        ("objective", "sft", "study.arms.objectives"),
     ],
 )
 def test_what_a_study_sets_itself_may_not_be_given(key, value, message):

@@ -1,0 +1,153 @@
+"""From a study's configuration and what it measured to the ranks of every plan. No jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from jaxgrpo.config import ConfigError
+from jaxgrpo.rank_plan import make_rank_plan
+from jaxgrpo.study.allocate import allocate
+from jaxgrpo.study.budget import Budget, Granularity, Unit
+from jaxgrpo.study.config import (
+    BY_MODULE,
+    FROM_CALIBRATION,
+    FROM_PROFILE,
+    SCALE_RULES,
+    AllocationConfig,
+    Arm,
+    StudyConfig,
+    StudyFiles,
+    list_arms,
+    scaled_lora,
+)
+from jaxgrpo.study.norms import first_order_speed, importance, read_norms
+from jaxgrpo.study.runs import has_plan_file, read_profile_model
+
+
+class Planner:
+    """Makes the plans of a study's arms."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = config
+        self.files = StudyFiles(config.run_dir)
+
+    def check(self) -> None:
+        """Refuses what no importance can turn into ranks, before anything is measured.
+
+        Budget and bounds say all, and they follow from the model's config.json.
+        """
+        for arm in list_arms(self.config):
+            if has_plan_file(arm):
+                components = (self.config.width(arm.mean_rank),) if arm.plan == "eva" else ()
+                level = {m: np.ones((self.layers, *components)) for m in self.modules}
+                self.allocate(arm, level)
+
+    @cached_property
+    def model(self) -> dict:
+        """Layers and module shapes: as the profile's run recorded them, or from config.json."""
+        if found := read_profile_model(self.config):
+            return found
+        from jaxgrpo.model.weights import read_qwen2_config, resolve_model_dir
+
+        settings = self.config.model
+        directory = resolve_model_dir(settings.path, settings.revision, ["config.json"])
+        model = read_qwen2_config(directory, "float32")
+        return {"layers": model.num_layers, "module_shapes": model.module_shapes}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """module -> (in, out)."""
+        return {m: tuple(s) for m, s in self.model["module_shapes"].items()}  # type: ignore[misc]
+
+    @property
+    def layers(self) -> int:
+        return self.model["layers"]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return self.config.lora.target_modules
+
+    def budget(
+        self, mean_rank: int, unit: Unit, granularity: Granularity, plan: str | None = None
+    ) -> Budget:
+        """What mean_rank everywhere costs, within the bounds of a plan."""
+        low, high = self.config.bounds(mean_rank, plan)
+        each = [sum(self.shapes[m]) if unit == "parameters" else 1 for m in self.modules]
+        return Budget(
+            total=mean_rank * self.layers * sum(each),
+            unit=unit,
+            min_rank=low,
+            max_rank=high,
+            granularity=granularity,
+        )
+
+    def importance(self, arm: Arm) -> dict[str, np.ndarray]:
+        """What an arm's plan is made from: module -> [L], for eva [L, components]."""
+        objective = self.config.importance_objective(arm.objective)
+        if arm.plan in FROM_CALIBRATION:
+            path = self.files.calibration(objective)
+            raw = json.loads(path.read_text(encoding="utf-8"))[arm.plan]
+            return {module: np.asarray(v) for module, v in raw.items()}
+        if arm.plan in FROM_PROFILE:
+            view = "weight" if arm.plan == "equalised" else self.config.study.allocation.view
+            norms = read_norms(self.files.profile(objective), view)
+            assert norms is not None, f"the profile has no view {view}"
+            return importance(norms)
+        return {m: np.ones(self.layers) for m in self.modules}
+
+    def probe(self, seed: int) -> dict[str, np.ndarray]:
+        """Random ranks of every adapter for itself, at lora.rank on average."""
+        budget = self.budget(self.config.lora.rank, self.config.study.allocation.unit, "module")
+        ones = {m: np.ones(self.layers) for m in self.modules}
+        return allocate("random", ones, self.shapes, budget, seed=seed)
+
+    def allocate(self, arm: Arm, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Ranks of one arm from its importance."""
+        settings, plan = self.config.study.allocation, arm.plan
+        if plan in ("adalora", "para"):
+            # Both start above their budget: para as wide as ranks may be, adalora by the ratio of
+            # PEFT's defaults, 12 to 8.
+            width = self.config.width(arm.mean_rank)
+            start = width if plan == "para" else min(-(-3 * arm.mean_rank // 2), width)
+            return {m: np.full(self.layers, start) for m in self.modules}
+        granularity = "module" if plan in BY_MODULE else settings.granularity
+        unit = unit_of(plan, settings)
+        budget = self.budget(arm.mean_rank, unit, granularity, plan)
+        options: dict[str, Any] = {}
+        if plan == "top_k":
+            options["k"] = settings.top_layers
+        elif plan == "reduced":
+            options["fraction"] = settings.reduced_fraction
+        elif plan == "equalised":
+            options["scale_rule"] = arm.scale_rule
+        method = "proportional" if plan == "proportional_module" else plan
+        try:
+            return allocate(method, values, self.shapes, budget, seed=arm.seed, **options)
+        except ConfigError as error:
+            where = " (k is study.allocation.top_layers)" if plan == "top_k" else ""
+            raise ConfigError(f"plan {plan} at mean rank {arm.mean_rank}{where}: {error}") from None
+
+    def speeds(self, arm: Arm, ranks: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """First-order speed of a plan under every scale rule, by the weights' own gradient."""
+        objective = self.config.importance_objective(arm.objective)
+        norms = read_norms(self.files.profile(objective), "weight")
+        assert norms is not None, "every profile has the view weight"
+        found = {}
+        for rule in SCALE_RULES:
+            settings = scaled_lora(self.config, rule, arm.mean_rank)
+            lora = dataclasses.replace(self.config.lora, **settings)
+            found[rule] = first_order_speed(
+                make_rank_plan(lora, self.layers, ranks), importance(norms)
+            )
+        return found
+
+
+def unit_of(plan: str, allocation: AllocationConfig) -> Unit:
+    """What a plan's budget counts: eva's principal components are worth a rank each."""
+    return "ranks" if plan == "eva" else allocation.unit
