@@ -22,6 +22,7 @@ GROUND_FLOOR = (
     "rank_plan",
     "records.run_directory",
     "tasks.answers",
+    "tasks.math_notation",
     "tasks.problems",
     "tasks.quantities",
     "tasks.rewards",

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxgrpo.tasks.answers import boxed_answer
+from jaxgrpo.tasks.answers import boxed_answer, last_box
+from jaxgrpo.tasks.math_notation import comparisons
 
 VERIFY_TIMEOUT_S = 3.0
 """Processor time that one comparison may take; one that is not meant to hang takes milliseconds."""
@@ -28,6 +30,7 @@ WAIT_FACTOR = 10
 """By the clock a comparison may take this much longer: the processor may be somebody else's."""
 START_TIMEOUT_S = 60.0
 MAX_WORKERS = 8
+_BARE_BOX = re.compile(r"\\fbox\s*\{([^{}]*)\}|\\boxed\s+([^\s{$][^{$\n]{0,80})")
 _WORKER = Path(__file__).with_name("math_worker.py")
 
 
@@ -42,10 +45,15 @@ def check_math_verify() -> None:
 def gold_math_answer(answer: str) -> str:
     r"""The LaTeX of a gold answer: in its last \boxed{}, or all of a short text without one.
 
+    A gold answer is the whole text: it is never cut at a "Question:" line. MATH also has
+    ``\fbox{5}`` and, up to the closing dollar, ``\boxed 5``.
+
     Raises:
         ValueError: there is none, so nothing could ever be right.
     """
-    gold = boxed_answer(answer)
+    gold = last_box(answer)
+    if gold is None and (bare := _BARE_BOX.findall(answer)):
+        gold = "".join(bare[-1]).strip()
     if gold is None and "\\boxed" not in answer and "\n" not in answer.strip():
         gold = answer.strip().strip("$").strip()
     if not gold:
@@ -66,27 +74,23 @@ def math_boxed_reward(
     rewards: list[float | None] = [0.0] * len(completions)
     rows: dict[tuple[str, str], list[int]] = {}
     for row, (gold, answer) in enumerate(zip(golds, given, strict=True)):
-        if answer is None:
-            continue
-        if _same_text(gold, answer):
-            rewards[row] = 1.0
-        else:
+        if answer is not None:
             rows.setdefault((gold, answer), []).append(row)
     # Completions of one problem agree more often than not: each pair is compared once.
-    for (pair, where), verdict in zip(rows.items(), _verdicts([*rows]), strict=True):
-        if verdict is None:
+    wanted = {pair: comparisons(*pair) for pair in rows}
+    tasks = list(dict.fromkeys(task for of in wanted.values() for task in of if task[0] != task[1]))
+    verdicts = dict(zip(tasks, _verdicts(tasks), strict=True))
+    for pair, where in rows.items():
+        found = [gold == answer or verdicts[gold, answer] for gold, answer in wanted[pair]]
+        if None in found and True not in found:
             warnings.warn(
                 f"math-verify hung or crashed comparing {pair[1]!r:.120} with {pair[0]!r:.80} and "
                 f"was killed; it counts as wrong: {completions[where[0]][-200:]!r}",
                 stacklevel=2,
             )
         for row in where:
-            rewards[row] = float(bool(verdict))
+            rewards[row] = float(True in found)
     return rewards
-
-
-def _same_text(one: str, other: str) -> bool:
-    return "".join(one.split()) == "".join(other.split())
 
 
 def _verdicts(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:

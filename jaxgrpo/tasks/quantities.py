@@ -13,16 +13,27 @@ _CHARACTERS = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-")
     | dict.fromkeys("\u00a0\u2009\u202f\u2007\u200b\t", " ")
     | dict.fromkeys("\u00d7\u22c5\u00b7", "*")
-    | dict.fromkeys("\u2248~", "=")
+    | {"\u2248": "="}
     | dict.fromkeys("\u20ac\u00a3\u00a5\uffe5\uff04", "$")
     | {"\u2014": ";", "\u00b0": " ", "\uff05": "%", "\uff0c": ","}
     | {chr(0xFF10 + digit): str(digit) for digit in range(10)}
+    | {"\u00b2": "^2", "\u00b3": "^3"}
     | {"\u00bd": " 1/2", "\u00bc": " 1/4", "\u00be": " 3/4", "\u2153": " 1/3", "\u2154": " 2/3"}
+)
+# Letters that scale an amount of money; "$18m$" is mathematics and has metres.
+_MONEY = r"(\$\s*-?[0-9][0-9,.]{0,30})\s?(?:%s)(?![A-Za-z0-9&'^$])"
+# What may be squared or cubed as a unit; "3x^2" and "3ab^2" are not quantities.
+_UNIT = (
+    r"(?<![A-Za-z\\])((?:[ckd]?m|mm|ft|in|inch|inches|feet|foot|yd|mi|sec|unit|units|[A-Za-z]{4,})"
+    r"\.?|/\s*[sm])"
 )
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"</?[A-Za-z_]+>", " "),
+        # TeX's tie after something, "about" elsewhere.
+        (r"(?<=[A-Za-z0-9.}])~", " "),
+        (r"~", "="),
         (r"\{,\}|\\!", lambda match: "," if match[0] == "{,}" else ""),
         (r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1/\2"),
         (r"\\[dtc]?frac\s*([0-9])\s*([0-9])", r" \1/\2"),
@@ -32,7 +43,16 @@ _REWRITES = [
         (r"\^\s*\{?\s*\\circ", " "),
         (r"\\([$%])", r"\1"),
         (r"\\[][(),;: ]", " "),
+        (r"(?<=[0-9])\s*\*\*\s*(?=-?[0-9])", "^"),
         (r"\*\*|__|[`{}]", ""),
+        (r"(?<=[0-9])\s*\^\s*(?:st|nd|rd|th)\b", " "),
+        (_UNIT + r"\s*\^\s*-?[1-9](?![0-9.])", r"\1"),
+        (r"(?<![A-Za-z])([ckd]?m|mm|ft)[23]\b", r"\1"),
+        (_MONEY % "[mM][mM]?|mn|mln", r"\1 million"),
+        (_MONEY % "[bB]n?", r"\1 billion"),
+        (_MONEY % "[tT]n?", r"\1 trillion"),
+        (r"(?<=[0-9])M\b(?!['&^])", " million"),
+        (r"(?<=[0-9])B\b(?!['&^])", " billion"),
         (r"([-+])\s*\$", r"\1"),
         (r"\$", " "),
         (r"(?i)\bapprox\.", "approximately"),
@@ -51,6 +71,7 @@ _NUMBER = re.compile(
     rf"|\s*/\s*({_DECIMAL}))?{_NUMBER_END}"
 )
 _NUMBER_START = re.compile(r"(?<![A-Za-z0-9.])(?:[-+]\s*)?\.?[0-9]")
+_POWER = re.compile(r"\s*\^\s*(?:([-+]?[0-9]{1,3})|\(\s*([-+]?[0-9]{1,3})\s*\))(?!\.?[0-9])")
 _SCALE = {"hundred": 2, "thousand": 3, "k": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALE_WORD = re.compile(
     r"\s*(hundred|thousand|million|billion|trillion)s?\b|[kK]\b", re.IGNORECASE
@@ -70,6 +91,7 @@ _TAIL_DETAIL = re.compile(
     r"\b(?:per|for|in|of|at|from|with|on|by|each|every|during|than|left)\b|/\s*[A-Za-z]",
     re.IGNORECASE,
 )
+_SHARE_OF = re.compile(r"\s*(%|percent\b)?\s*of\s+[0-9]", re.IGNORECASE)
 _OPEN_TAIL = re.compile(
     r"\s*(?:[+*^]|-(?![A-Za-z])|/(?!\s*[A-Za-z])|[xyzn]\b)|:[0-9]|[^\\<>]*[\\<>]"
 )
@@ -106,6 +128,18 @@ def _read_number(text: str) -> tuple[Fraction, str] | None:
             return None
         value /= _plain_number(denominator)
     rest = text[match.end() :]
+    if raised := _POWER.match(rest):
+        power = int(raised[1] or raised[2])
+        size = len(digits) * abs(power)
+        if (
+            exponent
+            or power_of_ten
+            or denominator
+            or size > _MAX_DIGITS
+            or (power < 0 and not value)
+        ):
+            return None
+        value, rest = value**power, rest[raised.end() :]
     if scale := _SCALE_WORD.match(rest):
         value *= 10 ** _SCALE[(scale[1] or "k").lower()]
         rest = rest[scale.end() :]
@@ -116,8 +150,9 @@ def parse_number(fragment: str, any_prefix: bool = False) -> Fraction | None:
     r"""Reads a fragment that states one quantity, like ``**-$1,234.50**.`` or ``\frac{1}{2} cup``.
 
     Units, currency and markup are dropped; ``a = b`` reads as b; a percent sign is a unit, so "50%"
-    is 50 as in GSM8K's own answers. Two quantities ("18 or 7", "5 feet 6 inches"), an unfinished
-    sum ("10+x") and an ambiguous comma ("1,23") are not an answer.
+    is 50 as in GSM8K's own answers. A power of integers is worked out, a scale word or letter
+    ("$5M") multiplies, an ordinal is its number. Two quantities ("18 or 7", "5 feet 6 inches"), an
+    unfinished sum ("10+x", "20% of 30") and an ambiguous comma ("1,23") are not an answer.
 
     Args:
         fragment: the text after an answer marker.
@@ -151,6 +186,29 @@ def parse_number(fragment: str, any_prefix: bool = False) -> Fraction | None:
     if reading is None:
         return None
     value, tail = reading
-    if _OPEN_TAIL.match(tail):
+    share = _SHARE_OF.match(tail)
+    if _OPEN_TAIL.match(tail) or (share and (share[1] or value.denominator > 1)):
         return None
     return None if re.search(r"[0-9]", _TAIL_DETAIL.split(tail, maxsplit=1)[0]) else value
+
+
+_SENTENCE_BREAK = re.compile(r"[.!?;:]\s+\S")
+_NOT_A_UNIT = re.compile(
+    r"\b(?:is|are|was|were|be|has|have|had|so|then|and|or|of|makes?|gives?|equals?)\b",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"[A-Za-z]{2,}")
+_MAX_BARE_WORDS = 4
+
+
+def parse_bare_number(text: str) -> Fraction | None:
+    """Reads a text that is nothing but one quantity: "18 duck eggs", "9 * 2 = 18", "**$18**.".
+
+    Prose is None even where it holds but one number: who pays for that pays for rambling.
+    """
+    text = text.strip()
+    if "\n" in text or len(text) > MAX_FRAGMENT or text.count("=") > 1:
+        return None
+    if _SENTENCE_BREAK.search(text) or _NOT_A_UNIT.search(text):
+        return None
+    return parse_number(text) if len(_WORD.findall(text)) <= _MAX_BARE_WORDS else None

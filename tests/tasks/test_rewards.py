@@ -279,6 +279,17 @@ HOSTILE = [
     *words(r"# #### \boxed{ \boxed{1} <answer> </answer> <answer>1 << <<1 { } \frac{ ( 1 1, ,234"),
     *words(r"1/ . 1. - * = Question: A: <reasoning> </reasoning><answer> ;1 ; \text{ 1e a="),
     *(" ", "\n", "\t\n", "1 ", "1 234 ", "- ", "\\ ", "#### ", "#### 1\n", "answer "),
+    *(
+        "\nQ1: 1",
+        "#### 1\nQ1: a b c",
+        "answer is 1\nQ: 1",
+        "2^9",
+        "$1m",
+        "m^2",
+        "ab ^2",
+        "~",
+        "% of 1",
+    ),
     *("answer is ", "answer is 1 ", "\nQuestion:", "\n\nQ", "\nA: ", "a. ", "1 (a) "),
 ]
 
@@ -287,17 +298,13 @@ HOSTILE = [
 def test_hundred_kilobytes_of_anything_stay_cheap(piece: str):
     body = (piece * 100_000)[:100_000]
     for text in (body, "#### " + body, "\\boxed{" + body + "}", "answer is " + body + "x"):
-        best = math.inf
-        for _ in range(3):  # the best of three, since a busy machine is not the code's fault
-            start = time.perf_counter()
-            answers.extract_answer(text)
-            rewards.format_reward([text], ["1"])
-            answers.lm_eval_strict(text)
-            answers.lm_eval_flexible(text)
-            best = min(best, time.perf_counter() - start)
-            if best < 0.2:
-                break
-        assert best < 0.2, f"{best:.2f} s"
+        start = time.process_time()  # another process may have the processor
+        answers.extract_answer(text)
+        rewards.format_reward([text], ["1"])
+        answers.lm_eval_strict(text)
+        answers.lm_eval_flexible(text)
+        spent = time.process_time() - start
+        assert spent < 0.2, f"{spent:.2f} s"
 
 
 @pytest.mark.parametrize("gold", ["", "no number", "#### ", "text 18\n#### none"])
