@@ -167,7 +167,7 @@ class TrainState:
         step: optimizer updates applied.
         skipped: updates skipped because a gradient or the loss was not finite.
         sensitivity: None, or AdaLoRA's running statistics of every adapter entry (see
-            grpo/sensitivity.py): {"mean", "uncertainty"}, each like `lora`.
+            grpo/sensitivity.py): {"mean", "uncertainty"}, each like `lora` with {"e": [L, R]}.
     """
 
     lora: Tree

@@ -1,8 +1,8 @@
-"""AdaLoRA's allocation for plain LoRA: sensitivity scores, cubic budget, global top-b (2303.10512).
+"""AdaLoRA's allocation for plain LoRA: scores of ranks, cubic budget, global top-b (2303.10512).
 
 AdaLoRA trains P diag(E) Q and masks entries of E; here a rank is a column of A with a row of B, and
-the mask is the rank plan's. Without E a masked rank has no gradient: its score decays and it does
-not come back, which AdaLoRA's can. numpy only; the smoothing constants are PEFT's defaults.
+the mask is the rank plan's. A masked rank has no gradient: its score decays and it does not come
+back, which AdaLoRA's can. The entries' scores are `grpo/sensitivity.py`'s. numpy only.
 """
 
 from __future__ import annotations
@@ -14,44 +14,15 @@ import numpy as np
 from jaxgrpo.config import ConfigError
 
 
-def smooth(
-    weight: np.ndarray,
-    gradient: np.ndarray,
-    mean: np.ndarray | None = None,
-    deviation: np.ndarray | None = None,
-    *,
-    beta1: float = 0.85,
-    beta2: float = 0.85,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One step of the smoothed importance of each entry and of its uncertainty, any one shape.
-
-    I = |weight * gradient|; mean <- beta1 mean + (1 - beta1) I; deviation <- beta2 deviation +
-    (1 - beta2) |I - mean| with the new mean (2303.10512 §3.2). Both start at 0. The score of an
-    entry is mean * deviation.
-    """
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 < beta < 1:
-            raise ConfigError(f"adalora: {name} must lie between 0 and 1, got {beta}")
-    importance = np.abs(weight * gradient)
-    mean = beta1 * (0.0 if mean is None else mean) + (1 - beta1) * importance
-    deviation = beta2 * (0.0 if deviation is None else deviation) + (1 - beta2) * np.abs(
-        importance - mean
-    )
-    return mean, deviation
-
-
-def triplet_scores(
-    a_score: np.ndarray, b_score: np.ndarray, e_score: np.ndarray | None = None
-) -> np.ndarray:
-    """Scores of ranks [L, R]: mean over A's column plus mean over B's row, plus E's if any.
+def triplet_scores(a_score: np.ndarray, b_score: np.ndarray, e_score: np.ndarray) -> np.ndarray:
+    """Scores of ranks [L, R]: mean over A's column plus mean over B's row plus E's (eq. 7).
 
     Args:
-        a_score: mean * deviation of the entries of A, [L, in, R].
+        a_score: mean * uncertainty of the entries of A, [L, in, R].
         b_score: the same of B, [L, R, out].
-        e_score: the same of AdaLoRA's singular values, [L, R].
+        e_score: the same of the factors between them, [L, R].
     """
-    scores = a_score.mean(axis=1) + b_score.mean(axis=2)
-    return scores if e_score is None else scores + e_score
+    return a_score.mean(axis=1) + b_score.mean(axis=2) + e_score
 
 
 def budget_at(

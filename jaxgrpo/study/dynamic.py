@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxgrpo.config import Config
 from jaxgrpo.rank_plan import RankPlan
@@ -55,8 +57,8 @@ def adalora_replan(steps: int, target_rank: int) -> Replan:
     """AdaLoRA (arXiv 2303.10512): from the plan at the start down to target_rank on average.
 
     Ranks are chosen by sensitivity x uncertainty (`grpo/sensitivity.py`), ten times on the cubic
-    schedule between a tenth and seven tenths of the run. Plain LoRA has no singular values, so a
-    rank's score is that of its column of A and row of B.
+    schedule between a tenth and seven tenths of the run: the scores of a rank's column of A and row
+    of B, each as a mean, and of the factor between them.
     """
 
     def replan(done: int, state: TrainState, plan: RankPlan) -> tuple[TrainState, RankPlan] | None:
@@ -147,7 +149,7 @@ def rank_scores(sensitivity: Tree, plan: RankPlan) -> dict[str, np.ndarray]:
     )
     masks = plan.masks()
     return {
-        module: np.where(masks[module] > 0, triplet_scores(pair["a"], pair["b"]), -1.0)
+        module: np.where(masks[module] > 0, triplet_scores(pair["a"], pair["b"], pair["e"]), -1.0)
         for module, pair in entries.items()
     }
 
@@ -170,48 +172,117 @@ def move_ranks(
     """The state under another plan: the best ranks by `scores` first, as a plan's masks want them.
 
     B is rescaled where the scale rule gives the new rank another scale, so that the ranks that stay
-    add what they did. B, the optimizer's moments and the sensitivity of all others become 0.
+    add what they did; its moments are rescaled as its gradient is. Ranks that leave are zeroed, but
+    for A. A newborn rank starts with B = 0, a first moment of 0 and the mean second moment of its
+    adapter: Adam's step count goes on, and with a second moment of 0 too, its first updates would
+    be several times those of an old rank.
     """
-    rearranged = {}
-    for module in old.modules:
-        order = np.argsort(-scores[module], axis=1, kind="stable")
-        kept = np.minimum(old.ranks[module], new.ranks[module])
-        alive = np.arange(old.max_rank) < kept[:, None]
-        was, now = (plan.scales()[module] for plan in (old, new))
-        ratio = np.where((was > 0) & (now > 0), was / np.where(now > 0, now, 1), 1.0)
-        rearranged[module] = (order, alive, ratio.astype(np.float32))
+    moves = {module: _move(old, new, module, scores[module]) for module in old.modules}
 
-    def arrange(tree: Tree, keep_a: bool, rescale: bool) -> Tree:
-        out = {}
-        for module, (order, alive, ratio) in rearranged.items():
-            a, b = tree[module]["a"], tree[module]["b"]
-            moved_a = jnp.take_along_axis(a, jnp.asarray(order)[:, None, :], axis=2)
-            moved_b = jnp.take_along_axis(b, jnp.asarray(order)[:, :, None], axis=1)
-            moved_b = moved_b * alive[:, :, None]
-            out[module] = {
-                "a": moved_a if keep_a else moved_a * alive[:, None, :],
-                "b": moved_b * ratio[:, None, None] if rescale else moved_b,
-            }
+    def placed(tree: Tree, like: Tree) -> Tree:
         # Back to where the old arrays were: another placement would compile another program.
         return jax.tree.map(
-            lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), out, tree
+            lambda x, old: jax.device_put(x.astype(old.dtype), old.sharding), tree, like
         )
 
-    structure = jax.tree.structure(state.lora)
+    def arrange(tree: Tree, power: int = 0, born: bool = False) -> Tree:
+        """Zero off the new ranks, b times ratio**power; newborns get the mean if `born`."""
+        found = {
+            module: {
+                name: moves[module].arrange(name, leaf, power, born)
+                for name, leaf in leaves.items()
+            }
+            for module, leaves in tree.items()
+        }
+        return placed(found, tree)
 
-    def like_lora(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
-
-    def moments(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda node: arrange(node, False, False) if like_lora(node) else node,
-            tree,
-            is_leaf=like_lora,
+    def moments(node: Any) -> Any:
+        if not isinstance(node, optax.ScaleByAdamState):
+            return node
+        return node._replace(
+            mu=arrange(cast(Tree, node.mu), power=-1),
+            nu=arrange(cast(Tree, node.nu), power=-2, born=True),
         )
 
+    # A is kept everywhere: what is off the plan is what a rank that is born starts from.
+    lora = {
+        module: {
+            "a": move.reorder("a", state.lora[module]["a"]),
+            "b": move.arrange("b", state.lora[module]["b"], power=1, born=False),
+        }
+        for module, move in moves.items()
+    }
     return dataclasses.replace(
         state,
-        lora=arrange(state.lora, True, True),
-        opt_state=moments(state.opt_state),
-        sensitivity=moments(state.sensitivity),
+        lora=placed(lora, state.lora),
+        opt_state=jax.tree.map(
+            moments,
+            state.opt_state,
+            is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState),
+        ),
+        sensitivity=None
+        if state.sensitivity is None
+        else {name: arrange(tree) for name, tree in state.sensitivity.items()},
     )
+
+
+_RANK_AXIS = {"a": 2, "b": 1, "e": 1}
+"""Where the ranks are in a leaf of an adapter, its moments or its sensitivity."""
+
+
+@dataclass(frozen=True)
+class _Move:
+    """What happens to the ranks of one module.
+
+    Attributes:
+        order: [L, R], the old place of every rank.
+        used: [L, R], whether a place was on the old plan, by the old places.
+        kept, born: [L, R], which places hold an old rank, or a new one.
+        ratio: [L], old over new scale.
+    """
+
+    order: np.ndarray
+    used: np.ndarray
+    kept: np.ndarray
+    born: np.ndarray
+    ratio: np.ndarray
+
+    def reorder(self, name: str, leaf: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(leaf, _spread(self.order, name, leaf), axis=_RANK_AXIS[name])
+
+    def arrange(self, name: str, leaf: jax.Array, power: int, born: bool) -> jax.Array:
+        moved = self.reorder(name, leaf) * _spread(self.kept, name, leaf)
+        if born:
+            moved = moved + self.mean(name, leaf) * _spread(self.born, name, leaf)
+        if name == "b":
+            moved = moved * jnp.asarray(self.ratio**power)[:, None, None]
+        return moved
+
+    def mean(self, name: str, leaf: jax.Array) -> jax.Array:
+        """Over the ranks that an adapter had; where it had none, over those of its module."""
+        axis = _RANK_AXIS[name]
+        total = jnp.sum(leaf * _spread(self.used, name, leaf), axis=axis, keepdims=True)
+        count = self.used.sum(axis=1)
+        own = total / _spread(np.maximum(count, 1)[:, None], name, leaf)
+        others = total.sum(axis=0, keepdims=True) / max(int(count.sum()), 1)
+        return jnp.where(_spread(count[:, None] > 0, name, leaf), own, others)
+
+
+def _move(old: RankPlan, new: RankPlan, module: str, scores: np.ndarray) -> _Move:
+    places = np.arange(old.max_rank)
+    before, after = old.ranks[module][:, None], new.ranks[module][:, None]
+    was, now = (plan.scales()[module] for plan in (old, new))
+    ratio = np.where((was > 0) & (now > 0), was / np.where(now > 0, now, 1), 1.0)
+    return _Move(
+        order=np.argsort(-scores, axis=1, kind="stable"),
+        used=places < before,
+        kept=places < np.minimum(before, after),
+        born=(places >= before) & (places < after),
+        ratio=ratio.astype(np.float32),
+    )
+
+
+def _spread(ranks: np.ndarray, name: str, leaf: jax.Array) -> jax.Array:
+    """[L, R] with the leaf's other axis, so that the two broadcast."""
+    axes = {"a": (slice(None), None), "b": (slice(None), slice(None), None)}
+    return jnp.asarray(ranks if leaf.ndim == 2 else ranks[axes[name]])

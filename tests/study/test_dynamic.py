@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxgrpo.config import OptimConfig
@@ -112,10 +113,12 @@ def test_moments_travel_with_their_ranks_and_die_with_them():
     def is_tree(node):
         return jax.tree.structure(node) == jax.tree.structure(lora)
 
+    # Of the factor between them, the sum of A's column stands for its statistics.
+    seen = {m: {**pair, "e": pair["a"].sum(axis=1)} for m, pair in lora.items()}
     state = dataclasses.replace(
         state,
         opt_state=jax.tree.map(tagged, state.opt_state, is_leaf=is_tree),
-        sensitivity={"mean": lora, "uncertainty": lora},
+        sensitivity={"mean": seen, "uncertainty": seen},
     )
     moved = move_ranks(state, old, new, rank_sizes(state.lora, old))
     trees = [n for n in jax.tree.leaves(moved.opt_state, is_leaf=is_tree) if is_tree(n)]
@@ -132,6 +135,74 @@ def test_moments_travel_with_their_ranks_and_die_with_them():
             np.testing.assert_array_equal(
                 np.asarray(tree[module]["b"]), np.asarray(moved.lora[module]["b"])
             )
+            if "e" in tree[module]:
+                # Sums of float32 in another order: 1e-6.
+                column = np.asarray(tree[module]["a"]).sum(axis=1)
+                np.testing.assert_allclose(tree[module]["e"], column, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [20, 100, 500])
+def test_a_newborn_rank_takes_no_larger_steps_than_an_old_one(steps):
+    """Adam under a steady gradient: with zeroed moments a newborn's update peaks at 1.25, 2.1 and
+    4.1 times an old one's after 20, 100 and 500 steps, because the bias correction goes on."""
+    old, new = make_plan([2, 1, 2], [2, 2, 0]), make_plan([4, 3, 2], [3, 2, 2])
+    state = make_state(old)
+    optimizer = make_optimizer(OptimConfig(weight_decay=0.0, max_grad_norm=0.0), 10**6)
+    rng = np.random.default_rng(0)
+    # Of one size along the ranks of an adapter, of its own for every feature.
+    steady = {
+        m: {
+            "a": jnp.asarray(rng.normal(size=(LAYERS, i, 1)) + jnp.zeros((LAYERS, i, WIDTH))),
+            "b": jnp.asarray(rng.normal(size=(LAYERS, 1, o)) + jnp.zeros((LAYERS, WIDTH, o))),
+        }
+        for m, (i, o) in SHAPES.items()
+    }
+
+    def masked(plan):
+        masks = plan.masks()
+        return {
+            m: {"a": x["a"] * masks[m][:, None, :], "b": x["b"] * masks[m][:, :, None]}
+            for m, x in steady.items()
+        }
+
+    @jax.jit
+    def step(opt_state, grads):
+        return optimizer.update(grads, opt_state, state.lora)
+
+    opt_state, before = optimizer.init(state.lora), masked(old)
+    for _ in range(steps):
+        _, opt_state = step(opt_state, before)
+    state = dataclasses.replace(state, opt_state=opt_state)
+    moved = move_ranks(state, old, new, rank_sizes(state.lora, old))
+    opt_state, after = moved.opt_state, masked(new)
+    for age in range(60):
+        updates, opt_state = step(opt_state, after)
+        # Old rank 0 and newborn rank 2 of the first layer; rounding 1e-5.
+        a, b = (np.abs(np.asarray(updates["q_proj"][side][0])) for side in ("a", "b"))
+        assert (a[:, 2:] <= a[:, :1] * (1 + 1e-5)).all() and (b[2:] <= b[:1] * (1 + 1e-5)).all()
+        assert age < 30 or (a[:, 2] > 0.9 * a[:, 0]).all(), "and it does learn"
+    # An adapter that had no rank takes the mean of its module.
+    assert (np.asarray(updates["down_proj"]["a"][2, :, 0]) != 0).all()
+
+
+@pytest.mark.parametrize("rule", ["rslora", "alpha_over_r"])
+def test_moments_are_rescaled_as_the_gradient_of_b_is(rule):
+    """Where B grows by the quotient of the scales, its gradient falls by it: first moments by the
+    quotient, second by its square, so that the next update in units of B is no other."""
+    old, new = make_plan([4, 4, 4], [4, 4, 4], rule), make_plan([2, 4, 1], [3, 4, 4], rule)
+    state = make_state(old)
+    moved = move_ranks(state, old, new, rank_sizes(state.lora, old))
+    before, after = (optax.tree.get(s.opt_state, "mu") for s in (state, moved))
+    second, now = (optax.tree.get(s.opt_state, "nu") for s in (state, moved))
+    ratio = old.scales()["q_proj"][0] / new.scales()["q_proj"][0]
+    best = np.argsort(-rank_sizes(state.lora, old)["q_proj"][0])[:2]
+    for power, one, other in ((1, before, after), (2, second, now)):
+        np.testing.assert_allclose(
+            other["q_proj"]["b"][0][:2], one["q_proj"]["b"][0][best] / ratio**power, rtol=1e-6
+        )
+        np.testing.assert_array_equal(
+            other["q_proj"]["a"][0][:, :2], one["q_proj"]["a"][0][:, best]
+        )
 
 
 def test_a_moved_state_is_the_same_to_a_compiled_program():
