@@ -17,6 +17,15 @@ import draccus
 import yaml
 
 from jaxgrpo.config import Config, ConfigError, suggestion
+from jaxgrpo.config_yaml import (
+    MAX_YAML_BYTES,
+    OneLineDumper,
+    TextError,
+    is_optional,
+    is_text,
+    parse_yaml,
+    setting_kind,
+)
 
 
 def load_config(
@@ -36,12 +45,12 @@ def load_config(
     """
     merged: dict[str, Any] = dict(first or {})
     for path in paths:
-        merged = merge(merged, read_yaml(path))
+        merged = merge(merged, read_yaml(path, cls))
     changes: dict[str, Any] = {}
     for override in overrides:
         # Rewards given one by one add up; together they replace those of the files.
         whole = "" if override.startswith("rewards.") else "rewards"
-        changes = merge(changes, parse_override(override), whole)
+        changes = merge(changes, parse_override(override, cls), whole)
     return decode_config(merge(merged, changes), cls)
 
 
@@ -68,59 +77,19 @@ def _decode_message(error: BaseException) -> str:
     return f"{key}: {text}" if key and key not in text else text
 
 
-MAX_YAML_BYTES = 2**20
-MAX_NODES = 100_000
-"""More than any configuration has; a few lines of nested aliases can stand for billions."""
+def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
+    """A file's settings as a mapping; its text settings are what stands in the file.
 
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader, but a repeated key is an error: YAML would silently keep the last one."""
-
-    def get_single_data(self) -> Any:
-        """The document, refused if its aliases would make it grow beyond measure."""
-        try:
-            node = self.get_single_node()
-            if node is not None and _expanded_size(node, {}) > MAX_NODES:
-                raise yaml.constructor.ConstructorError(
-                    None, None, "it is too large with its aliases", node.start_mark
-                )
-            return None if node is None else self.construct_document(node)
-        except RecursionError:
-            raise yaml.YAMLError("it is nested too deep") from None
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        self.flatten_mapping(node)
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be text", key_node.start_mark
-                )
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key_node.value}' appears twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many nodes there are once every alias has been written out."""
-    if id(node) not in known:
-        known[id(node)] = MAX_NODES + 1  # what an alias inside its own anchor comes to
-        children = node.value if isinstance(node, yaml.CollectionNode) else []
-        if isinstance(node, yaml.MappingNode):
-            children = [part for pair in children for part in pair]
-        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in children)
-    return known[id(node)]
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
+    Raises:
+        ConfigError: no such file, no mapping, or text that YAML would change.
+    """
     path = Path(path)
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"config file {path} is larger than {MAX_YAML_BYTES:,} bytes")
-        raw = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        raw = parse_yaml(path.read_text(encoding="utf-8"), cls)
+    except TextError as error:
+        raise ConfigError(f"config file {path}: {error}") from None
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist{_nearest_file(path)}") from None
     except (OSError, ValueError) as error:
@@ -143,21 +112,33 @@ def _nearest_file(path: Path) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
-def parse_override(text: str) -> dict[str, Any]:
-    """`a.b=value` as a nested mapping; the value is YAML."""
+def parse_override(text: str, cls: type = Config) -> dict[str, Any]:
+    """`a.b=value` as a nested mapping. Text is taken literally, but for `null`, which sets a text
+    that may be left out to none; any other value is YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override '{text}' is not of the form key=value")
-    try:
-        nested: Any = yaml.load(value, _StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:  # numbers and dates raise their own
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"override '{text[:80]}': {reason[:300]}") from None
     # A reward's key may itself hold dots (my.module:function), so only its first dot separates.
     parts = key.split(".", 1) if key.startswith("rewards.") else key.split(".")
+    kind = setting_kind(cls, parts)
+    nested: Any = value
+    if not is_text(kind):
+        nested = _parse_value(text, value, kind, key)
+    elif value == "null" and is_optional(kind):
+        nested = None
     for part in reversed(parts):
         nested = {part: nested}
     return nested
+
+
+def _parse_value(text: str, value: str, kind: Any, key: str) -> Any:
+    try:
+        return parse_yaml(value, kind, key)
+    except TextError as error:
+        raise ConfigError(str(error)) from None
+    except (yaml.YAMLError, ValueError) as error:  # numbers and dates raise their own
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"override '{text[:80]}': {reason[:300]}") from None
 
 
 def merge(
@@ -172,6 +153,10 @@ def merge(
         else:
             merged[key] = value
     return merged
+
+
+MAY_BE_EMPTY = ("data.system_prompt", "data.prompt_suffix")
+"""Text of no characters means something here; elsewhere it is a value that was forgotten."""
 
 
 def check_keys(raw: Mapping[str, Any], cls: type, where: str = "") -> None:
@@ -189,6 +174,8 @@ def check_keys(raw: Mapping[str, Any], cls: type, where: str = "") -> None:
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{dotted} must be a mapping, got {value!r}")
             check_keys(value, typing.cast(type, kind), f"{dotted}.")
+        elif value == "" and is_text(kind) and dotted not in MAY_BE_EMPTY:
+            raise ConfigError(f"{dotted} is empty; give a value or leave the key out")
         else:
             _check_kind(dotted, kind, value)
 
@@ -217,9 +204,7 @@ def _check_kind(dotted: str, kind: Any, value: Any) -> None:
     elif isinstance(value, bool | list | Mapping) and {kind, *arguments} & {int, float}:
         raise ConfigError(f"{dotted} must be a number, got {value!r}")
     elif isinstance(value, bool | list | Mapping) and str in (kind, *arguments):
-        # YAML reads an unquoted yes, no, on or off as a truth value.
-        hint = "; quote it" if isinstance(value, bool) else ""
-        raise ConfigError(f"{dotted} must be text, got {value!r}{hint}")
+        raise ConfigError(f"{dotted} must be text, got {value!r}")
 
 
 def _elsewhere(key: str, cls: type) -> str | None:
@@ -250,4 +235,5 @@ def flat_settings(config: Config) -> dict[str, Any]:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; `load_config` reads it back equal."""
-    return yaml.safe_dump(encode_config(config), sort_keys=False)
+    # On one line each: a text that is broken over lines is not what stands in the file.
+    return yaml.dump(encode_config(config), Dumper=OneLineDumper, sort_keys=False, width=2**31)

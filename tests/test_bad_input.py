@@ -131,8 +131,17 @@ CASES = {
         "not readable JSON",
     ),
     "more layers than the file has": (
-        lambda t: [_model(t, lambda m: _edit_json(m / "config.json", num_hidden_layers=99))],
+        lambda t: [
+            _model(
+                t,
+                lambda m: _edit_json(m / "config.json", num_hidden_layers=99, layer_types=None),
+            )
+        ],
         "is missing",
+    ),
+    "more layers than layer_types": (
+        lambda t: [_model(t, lambda m: _edit_json(m / "config.json", num_hidden_layers=99))],
+        "layer_types does not name 99 layers",
     ),
     "tokenizer missing": (
         lambda t: [_model(t, lambda m: (m / "tokenizer.json").unlink())],
@@ -284,7 +293,7 @@ COMMAND_CASES = {
     "plan of zeros": (lambda t: ["plan", "layers=0"], "every rank is 0"),
     "dry run of what has none": (lambda t: ["plan", "--dry-run"], "no --dry-run"),
     "completion of another shell": (lambda t: ["completion", "fish"], "bash and zsh"),
-    "chat about nothing": (lambda t: ["chat", "prompt=''"], "prompt is empty"),
+    "chat about nothing": (lambda t: ["chat", "prompt="], "prompt is empty"),
     "a directory that is no run": (lambda t: ["eval", str(t)], "without config.yaml"),
     "study without a file": (lambda t: ["study"], "needs a CONFIG"),
     "no time for rewards": (lambda t: ["reward_timeout_s=-1"], "reward_timeout_s"),

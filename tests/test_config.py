@@ -134,7 +134,7 @@ def test_a_dumped_configuration_loads_back_equal(tmp_path):
         [],
         [
             *("lora.target_modules=[q_proj]", "lora.max_rank=32", "rewards.my.module:f=0.5"),
-            *("data.system_prompt='on: {#}\n  é'", "data.prompt_suffix=\"\\n\\t 'x'\"", "seed=7"),
+            *("data.system_prompt='on: {#}\n  é' ", "data.prompt_suffix=\n\t 'x'\n", "seed=7"),
             *("optim.learning_rate=3e-7", "rollout.stop_token_ids=[1, 2]", "grpo.delta=4"),
         ],
     )
@@ -142,6 +142,97 @@ def test_a_dumped_configuration_loads_back_equal(tmp_path):
     assert load_config([path]) == config
     assert decode_config(encode_config(config)) == config
     assert load_config([write(path, dump_config(Config()))]) == Config()
+
+
+TEXTS = [
+    *(" End with #### and the number", "1.10", "0010", "0123456", "1_000", "1e400", "yes", "~"),
+    *("NULL", "2001-01-01", "[a]", "{a: 1}", "a: b", "'quoted'", '"q"', "- x", "*a", "&a b", "!!b"),
+    *(
+        "two\nlines",
+        "\n",
+        " ",
+        "tab\t",
+        "a\r\nb",
+        "\x85",
+        "\u2028",
+        "\x00",
+        "é 日",
+        "%",
+        "@",
+        "x" * 300,
+    ),
+    *("word " * 60, "a\n" * 5, "\ud800", "a #b", "#", "|", ">-", "null ", "<<", "=", "\ufeff"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("key", ["data.prompt_suffix", "data.system_prompt", "run_dir"])
+def test_text_on_the_command_line_is_taken_literally_and_survives_its_file(key, text, tmp_path):
+    def value(config):
+        return config.run_dir if key == "run_dir" else getattr(config.data, key.split(".")[1])
+
+    config = load_config([], [f"{key}={text}"])
+    assert value(config) == text
+    assert load_config([write(tmp_path / "dumped.yaml", dump_config(config))]) == config
+
+
+def test_words_that_yaml_would_read_as_numbers_stay_text():
+    config = load_config([], ["model.revision=0123456", "run_dir=0010", "data.name=1.10"])
+    assert (config.model.revision, config.run_dir, config.data.name) == ("0123456", "0010", "1.10")
+
+
+def test_no_text_and_null_are_two_things():
+    assert load_config([], ["data.system_prompt="]).data.system_prompt == ""
+    assert load_config([], ["data.system_prompt=null"]).data.system_prompt is None
+    assert load_config([], ["data.prompt_suffix=null"]).data.prompt_suffix == "null"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("1.10", "data.name: YAML reads 1.10 as 1.1; write '1.10'"),
+        ("0010", "data.name: YAML reads 0010 as 8; write '0010'"),
+        ("0123456", "data.name: YAML reads 0123456 as 42798; write '0123456'"),
+        ("1_000", "data.name: YAML reads 1_000 as 1000; write '1_000'"),
+        ("yes", "data.name: YAML reads yes as True; write 'yes'"),
+        ("True", "data.name: YAML reads True as True; write 'True'"),
+        ("2001-01-01 1:02:03", "data.name: YAML reads 2001-01-01 1:02:03 as datetime"),
+        ("~", "data.name: YAML reads ~ as None; write '~'"),
+        ("", "data.name is empty"),
+        ("''", "data.name is empty"),
+        ("End with #### and the number", "'#### and the number' would be lost as a comment"),
+        ("End with # and the number", "'# and the number' would be lost as a comment"),
+        ("End #and", "'#and' would be lost as a comment"),
+        ("one\n    two", "data.name goes over several lines, which YAML would join"),
+        ("[a]", "data.name must be text, got ['a']"),
+        ("{a: 1}", "data.name must be text, got {'a': 1}"),
+    ],
+)
+def test_text_of_a_file_that_yaml_would_change_is_refused(tmp_path, written, message):
+    path = write(tmp_path / "a.yaml", f"data:\n  name: {written}\n  prompt_suffix: x\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config([path])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        *[("'1.10'", "1.10"), ('"0010"', "0010"), ("!!str yes", "yes"), ("null", None)],
+        *[("main  # the subset", "main"), ("main", "main"), ("1234567", "1234567"), ("1.5", "1.5")],
+        *[("'a #### b'  # c", "a #### b"), ("|-  # c\n    a\n    b", "a\nb"), ('"a\\nb"', "a\nb")],
+        *[(">-\n    a\n    b", "a b"), ("a#b", "a#b"), ("'~'", "~"), ("2001-01-01", "2001-01-01")],
+    ],
+)
+def test_text_of_a_file_is_what_stands_there(tmp_path, written, text):
+    path = write(tmp_path / "a.yaml", f"data:\n  name: {written}\n")
+    assert load_config([path]).data.name == text
+
+
+def test_text_behind_an_anchor_is_looked_at_too(tmp_path):
+    text = "data: &d {name: a}\nlora: {<<: {plan: 0010}}\n"
+    with pytest.raises(ConfigError, match=r"lora\.plan: YAML reads 0010 as 8"):
+        load_config([write(tmp_path / "a.yaml", text)])
 
 
 def test_the_encoded_configuration_is_plain():
@@ -171,16 +262,23 @@ def test_every_key_is_suggested_when_it_is_misspelt(key):
         (["steps=2.5"], "steps"),
         (["steps=[5]"], "steps must be a number, got [5]"),
         (["steps.x=5"], "steps must be a number, got {'x': 5}"),
-        (["model.path=[a]"], "model.path must be text, got ['a']"),
-        (["data.prompt_suffix=yes"], "data.prompt_suffix must be text, got True; quote it"),
-        (["data.system_prompt={a: 1}"], "data.system_prompt must be text"),
         (["rollout.stop_strings=Question"], "must be a list, as in stop_strings=[Question]"),
         (["lora.target_modules=q_proj"], "must be a list, as in target_modules=[q_proj]"),
         (["lora.target_modules={q_proj: 1}"], "lora.target_modules must be a list, got {"),
         (["rollout.stop_token_ids=7"], "must be a list, as in stop_token_ids=[7]"),
         (["rollout.stop_token_ids=[null]"], "rollout.stop_token_ids.0 is empty"),
         (["rollout.stop_token_ids=[1, true]"], "rollout.stop_token_ids.1 must be a number"),
-        (["rollout.stop_strings=[no]"], "rollout.stop_strings.0 must be text, got False; quote it"),
+        (
+            ["rollout.stop_strings=[no]"],
+            "rollout.stop_strings.0: YAML reads no as False; write 'no'",
+        ),
+        (
+            ["rollout.stop_strings=[a, 1.10]"],
+            "rollout.stop_strings.1: YAML reads 1.10 as 1.1; write",
+        ),
+        (["rollout.stop_strings=[a b #c\n]"], "rollout.stop_strings.0: '#c' would be lost"),
+        (["lora.plan="], "lora.plan is empty"),
+        (["model.path="], "model.path is empty"),
         (["optim.b1=[1]"], "optim.b1 must be a number, got [1]"),
         (["eval.max_completion_tokens=0"], "eval.max_completion_tokens must be at least 1, got 0"),
         (["lora.rank=1000000000000000000000000"], "lora.rank must lie in 1..65536"),
@@ -210,7 +308,6 @@ def test_every_key_is_suggested_when_it_is_misspelt(key):
         (["=1"], "is not of the form key=value"),
         (["steps=[1"], "override 'steps=[1'"),
         (["a\nb=1"], "unknown key"),
-        (["run_dir=\n- 1\n- {x: 2}"], "run_dir"),
         (['rewards={"a\\nb": .nan}'], "finite"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from jaxgrpo.config import ConfigError
+from jaxgrpo.config import EMBEDDED, ConfigError
 from jaxgrpo.study.arms import run_study
 from jaxgrpo.study.config import StudyConfig
 
@@ -66,21 +66,23 @@ class SweepConfig(StudyConfig):
         root = Path(self.run_dir).expanduser().absolute()
         models = self.sweep.models or (self.model.path,)
         data = dataclasses.replace(self.data, path=_anchored(self.data.path))
+        adapter = self.lora.adapter and _anchored(self.lora.adapter)
         return [
             dataclasses.replace(
                 plain,
                 run_dir=str(root / Path(model).name if self.sweep.models else root),
                 model=dataclasses.replace(self.model, path=_anchored(model)),
                 data=data,
+                lora=dataclasses.replace(self.lora, adapter=adapter),
             )
             for model in models
         ]
 
 
 def _anchored(path: str) -> str:
-    """A path that exists here as an absolute one; a hub id stays what it is."""
+    """A path that exists here as an absolute one; `embedded` and a hub id stay what they are."""
     local = Path(path).expanduser()
-    return str(local.absolute()) if local.exists() else path
+    return str(local.absolute()) if path != EMBEDDED and local.exists() else path
 
 
 def run_sweep(config: SweepConfig, console: Console) -> list[dict]:

@@ -72,6 +72,18 @@ def test_a_sweep_is_one_study_per_model(tmp_path):
     assert alone.run_dir == str(tmp_path)
 
 
+def test_the_paths_of_a_sweep_hold_wherever_a_worker_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "data", "adapter", "embedded"):
+        (tmp_path / name).mkdir()
+    words = ["run_dir=out", "model.path=model", "data.path=data", "lora.adapter=adapter"]
+    (study,) = load_config([], words, SweepConfig).studies()
+    found = (study.run_dir, study.model.path, study.data.path, study.lora.adapter)
+    assert found == tuple(str(tmp_path / n) for n in ("out", "model", "data", "adapter"))
+    (study,) = load_config([], [], SweepConfig).studies()
+    assert (study.model.path, study.data.path, study.lora.adapter) == ("embedded", "embedded", None)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
