@@ -17,7 +17,8 @@ from rich.console import Console
 from jaxgrpo.config import EMBEDDED, MODULES, ConfigError
 from jaxgrpo.mesh import sharding
 from jaxgrpo.model.api import base_logical_axes
-from jaxgrpo.model.presets import Qwen2Config, qwen2_config
+from jaxgrpo.model.hf_config import check_generation_config, eos_token_ids, qwen2_config
+from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.model.safe_files import (
     contained,
     open_safetensors,
@@ -68,8 +69,30 @@ def resolve_model_dir(
 
 
 def read_qwen2_config(directory: Path, dtype: str) -> Qwen2Config:
+    """Shapes and constants, from config.json.
+
+    Raises:
+        ConfigError: no Qwen2 of the kind that is computed here; the field is named.
+    """
     path = contained(directory, "config.json")
     return qwen2_config(read_json_object(path), dtype, f"{directory}/config.json")
+
+
+def read_eos_token_ids(directory: Path) -> dict[str, tuple[int, ...]]:
+    """File -> the ids that end a completion by it: generation_config.json's and config.json's.
+
+    Raises:
+        ConfigError: no ids, or generation_config.json asks for what sampling does not do.
+    """
+    found = {}
+    for name in ("generation_config.json", "config.json"):
+        path = contained(directory, name)
+        if path.is_file():
+            raw, where = read_json_object(path), f"{directory}/{name}"
+            found[where] = eos_token_ids(raw, where)
+            if name == "generation_config.json":
+                check_generation_config(raw, where)
+    return found
 
 
 def check_tensor_names(directory: Path, config: Qwen2Config) -> dict[str, Path]:
@@ -96,11 +119,12 @@ def load_model(
 
     Raises:
         ConfigError: a missing, extra, misshaped or truncated tensor or file, naming it; an index
-            that points outside its directory.
+            that points outside its directory; a tied head that is not the embedding.
     """
     config = read_qwen2_config(directory, dtype)
     files = check_tensor_names(directory, config)
     read, total, done = make_reader(config, files), len(hf_shapes(config)), 0
+    _check_tied_head(config, files, read)
     with Stage("loading", total, console or Console(quiet=True)) as stage:
 
         def watched(name: str) -> np.ndarray:
@@ -112,10 +136,25 @@ def load_model(
         return config, _build(config, watched, mesh)
 
 
+def _check_tied_head(
+    config: Qwen2Config, files: dict[str, Path], read: Callable[[str], np.ndarray]
+) -> None:
+    """transformers unties a head that differs from the embedding, whatever config.json says; here
+    the two have to agree."""
+    if config.tie_word_embeddings and "lm_head.weight" in files:
+        head, embed = read("lm_head.weight"), read("model.embed_tokens.weight")
+        if not np.array_equal(head, embed):
+            raise ConfigError(
+                f"{files['lm_head.weight']}: lm_head.weight is not model.embed_tokens.weight, but "
+                "config.json says tie_word_embeddings: true"
+            )
+
+
 def make_reader(config: Qwen2Config, files: dict[str, Path]) -> Callable[[str], np.ndarray]:
     """Tensor name -> its array in the compute dtype, of the shape that config.json says."""
     readers = {file: open_safetensors(file) for file in set(files.values())}
     expected = hf_shapes(config)
+    expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
 
     def read(name: str) -> np.ndarray:
         tensor = read_tensor(readers[files[name]], name, files[name])
@@ -222,20 +261,40 @@ def _check_names(
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index or the single file."""
+    """Tensor name -> file, from the index or the single file; there must not be both, nor shards
+    that the index does not name, nor an adapter, which transformers would apply."""
     index = contained(directory, "model.safetensors.index.json")
     single = contained(directory, "model.safetensors")
+    if (directory / "adapter_config.json").exists():
+        raise ConfigError(
+            f"{directory} holds an adapter (adapter_config.json) beside the model; move it to a "
+            "directory of its own and name that in lora.adapter"
+        )
+    files: dict[str, Path] = {}
     if index.is_file():
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConfigError(f"{index} has no weight_map")
-        return {name: _shard(directory, index, str(file)) for name, file in weight_map.items()}
-    if not single.is_file():
+        files = {name: _shard(directory, index, str(file)) for name, file in weight_map.items()}
+    elif not single.is_file():
         raise ConfigError(
             f"{directory} holds neither model.safetensors nor model.safetensors.index.json"
             + refuse_pickles(directory)
         )
-    return dict.fromkeys(open_safetensors(single).keys(), single)
+    used = {path.name for path in files.values()} or {single.name}
+    for other in (single, *sorted(directory.glob("model-*-of-*.safetensors"))):
+        if other.name not in used and other.is_file():
+            raise ConfigError(
+                f"{directory} holds two sets of weights: {other.name}, and what "
+                f"{index.name if files else single.name} holds; remove one"
+            )
+    if not files:
+        return dict.fromkeys(open_safetensors(single).keys(), single)
+    for file in sorted(set(files.values())):
+        for name in open_safetensors(file).keys():  # noqa: SIM118 (no mapping)
+            if files.get(name) != file:
+                raise ConfigError(f"{file} holds the tensor {name!r:.120}, {index} does not say so")
+    return files
 
 
 def _shard(directory: Path, index: Path, name: str) -> Path:
