@@ -119,6 +119,7 @@ class DataConfig:
     prompt_column: str = "question"
     answer_column: str = "answer"
     system_prompt: str | None = None
+    """null: none, and the chat template's own if it has one; an empty text is a prompt of nothing."""
     prompt_suffix: str = ""
     """Appended to every question before the chat template is applied."""
     max_prompt_tokens: int = 256
@@ -149,8 +150,9 @@ class RolloutConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
-    """Ends a completion, besides the tokenizer's and generation_config's own EOS ids."""
+    """Ends a completion, besides the ends that tokenizer, chat template and model declare."""
     stop_strings: tuple[str, ...] = ()
+    """Ends a completion, whose text ends with the string (docs/own_tasks.md)."""
     merge_lora: bool = True
     """Fold the adapters into the sampler's copy of the weights, or apply them at every step."""
 

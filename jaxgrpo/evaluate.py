@@ -23,7 +23,6 @@ from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.mesh import Purpose, fold_key, shard_rows, to_host
 from jaxgrpo.records.progress import Stage
 from jaxgrpo.records.run_directory import atomic_write_json, atomic_write_text, read_jsonl
-from jaxgrpo.rollout.stop import cut_at_stop
 from jaxgrpo.stats import wilson_interval
 from jaxgrpo.tasks.answers import (
     extract_answer,
@@ -31,8 +30,9 @@ from jaxgrpo.tasks.answers import (
     match_lm_eval_flexible,
     match_lm_eval_strict,
 )
-from jaxgrpo.tasks.data import PromptSource, decode_completions
+from jaxgrpo.tasks.data import PromptSource
 from jaxgrpo.tasks.rewards import RewardFunction, combine_rewards, gsm8k_answer_reward
+from jaxgrpo.tasks.texts import completion_texts
 from jaxgrpo.types import FINISH_LENGTH, FINISH_REASONS, PromptBatch, Rollout, Tree
 
 
@@ -101,8 +101,7 @@ def evaluate(
             tokens, mask = shard_rows(mesh, (batch.tokens, batch.mask))
             key = fold_key(config.seed, start, Purpose.EVAL)
             rollout = to_host(generate(weights, tokens, mask, key))
-            texts = decode_completions(tokenizer, rollout.tokens, rollout.lengths)
-            texts = [cut_at_stop(text, config.rollout.stop_strings) for text in texts]
+            texts = completion_texts(tokenizer, rollout, config.rollout.stop_strings)
             if reward is gsm8k_answer_reward:
                 records += judge_gsm8k(batch, real, texts, rollout, config.eval.samples)
             else:

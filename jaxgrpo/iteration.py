@@ -21,7 +21,8 @@ from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.model.pack_rows import pack_rows
 from jaxgrpo.processes import gather_parts, own_part
 from jaxgrpo.session import Session
-from jaxgrpo.tasks.data import decode_completions, gold_completions, train_rows
+from jaxgrpo.tasks.data import train_rows
+from jaxgrpo.tasks.texts import completion_texts, gold_completions
 from jaxgrpo.types import (
     FINISH_LENGTH,
     FINISH_REASONS,
@@ -109,7 +110,7 @@ def grpo_step(
     prompts, host = sample_rollout(session, programs, state.lora, step)
     clock.lap("rollout")
     watch("reward")
-    texts = decode_completions(session.tokenizer, host.tokens, host.lengths)
+    texts = completion_texts(session.tokenizer, host, config.rollout.stop_strings)
     rewards, by_function = score(session, prompts, texts, host)
     advantages = compute_advantages(rewards, config.grpo.group_size, config.grpo.scale_rewards)
     clock.lap("reward")

@@ -25,10 +25,10 @@ from jaxgrpo.mesh import (
 from jaxgrpo.model.adapters import StackedAdapter, stack_adapter
 from jaxgrpo.model.api import Qwen2Config, device_plan, init_lora, lora_logical_axes
 from jaxgrpo.model.peft_files import read_peft
-from jaxgrpo.model.safe_files import contained, read_json_object
 from jaxgrpo.model.weights import (
     check_tensor_names,
     load_model,
+    read_eos_token_ids,
     read_qwen2_config,
     resolve_model_dir,
 )
@@ -36,8 +36,9 @@ from jaxgrpo.rank_plan import RankPlan, make_rank_plan
 from jaxgrpo.records.tracking import check_wandb
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules, end_token_ids, make_stop_rules
-from jaxgrpo.tasks.data import PromptSource, check_gold_answers, load_problems, load_tokenizer
+from jaxgrpo.tasks.data import PromptSource, check_gold_answers, load_problems
 from jaxgrpo.tasks.rewards import load_reward
+from jaxgrpo.tasks.texts import load_tokenizer
 from jaxgrpo.types import LoraPlan, Tree
 
 
@@ -150,8 +151,8 @@ def open_model(config: Config) -> OpenModel:
     check_tensor_names(model_dir, model_config)
     tokenizer = load_tokenizer(model_dir)
     check_vocabulary(tokenizer, model_config)
-    generation = _generation_config(model_dir)
-    stop_ids = end_token_ids(tokenizer, generation, config.rollout.stop_token_ids)
+    declared = read_eos_token_ids(model_dir)
+    stop_ids = end_token_ids(tokenizer, declared, config.rollout.stop_token_ids)
     stop = make_stop_rules(
         tokenizer, stop_ids, config.rollout.stop_strings, model_config.vocab_size
     )
@@ -274,8 +275,3 @@ def _reward(setting: str, name: str) -> Callable:
         return load_reward(name)
     except ValueError as error:
         raise ConfigError(f"{setting}: {error}") from None
-
-
-def _generation_config(directory: Path) -> dict | None:
-    path = contained(directory, "generation_config.json")
-    return read_json_object(path) if path.is_file() else None

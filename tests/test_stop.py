@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from jaxgrpo.config import ConfigError
 from jaxgrpo.model.weights import EMBEDDED_DIR
-from jaxgrpo.rollout.stop import cut_at_stop, end_token_ids, make_stop_rules
+from jaxgrpo.rollout.stop import end_token_ids, make_stop_rules
 
 _QWEN = os.environ.get(
     "JAXGRPO_QWEN_TOKENIZER",
@@ -70,15 +70,15 @@ def test_without_stop_strings_there_is_no_table(tokenizer):
 
 
 def test_end_ids_are_the_union_of_all_sources(tokenizer):
+    # Both templates end a turn with the tokenizer's own EOS.
     eos = tokenizer.eos_token_id
-    assert end_token_ids(tokenizer, None, ()) == (eos,)
-    assert end_token_ids(tokenizer, {"eos_token_id": [2, eos]}, (3,)) == tuple(sorted({2, 3, eos}))
-    assert end_token_ids(tokenizer, {"eos_token_id": 2}, ()) == tuple(sorted({2, eos}))
-    with pytest.raises(ConfigError, match="no token id"):
-        end_token_ids(tokenizer, None, (10**9,))
+    assert end_token_ids(tokenizer, {}, ()) == (eos,)
+    declared = {"generation_config.json": (2, eos), "config.json": (5,)}
+    assert end_token_ids(tokenizer, declared, (3,)) == tuple(sorted({2, 3, 5, eos}))
 
 
-def test_text_is_cut_at_the_first_stop():
-    assert cut_at_stop("a b c b", ["b", "c"]) == "a "
-    assert cut_at_stop("a b", ["z"]) == "a b"
-    assert cut_at_stop("a b", []) == "a b"
+def test_an_end_that_is_no_token_is_named_with_its_source(tokenizer):
+    with pytest.raises(ConfigError, match=r"rollout\.stop_token_ids: 1000000000 is no token id"):
+        end_token_ids(tokenizer, {}, (10**9,))
+    with pytest.raises(ConfigError, match=r"generation_config\.json: -1 is no token id"):
+        end_token_ids(tokenizer, {"generation_config.json": (-1,)}, ())

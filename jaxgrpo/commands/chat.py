@@ -97,8 +97,8 @@ class Chat:
         import jax
 
         from jaxgrpo.mesh import Purpose, batch_shards, fold_key, shard_rows, to_host
-        from jaxgrpo.rollout.stop import cut_at_stop
-        from jaxgrpo.tasks.data import Problem, PromptSource, decode_completions
+        from jaxgrpo.tasks.data import Problem, PromptSource
+        from jaxgrpo.tasks.texts import completion_texts
 
         if not prompt.strip():
             raise ConfigError("prompt is empty")
@@ -111,10 +111,9 @@ class Chat:
             tokens, mask = shard_rows(self._model.mesh, (batch.tokens, batch.mask))
             for name, weights in self._policies.items():
                 rollout = to_host(self._generate(weights, tokens, mask, key))
-                text = decode_completions(
-                    self._model.tokenizer, rollout.tokens[:1], rollout.lengths[:1]
-                )[0]
-                completions[name] = cut_at_stop(text, self._config.rollout.stop_strings)
+                stops = self._config.rollout.stop_strings
+                texts = completion_texts(self._model.tokenizer, rollout, stops)
+                completions[name] = texts[0]  # the others are copies of it
         return completions
 
 

@@ -7,13 +7,14 @@ follows it with one gather a token and never needs to turn tokens into text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jaxgrpo.config import ConfigError
+from jaxgrpo.tasks.texts import end_of_turn_id
 
 
 @dataclass(frozen=True)
@@ -31,26 +32,30 @@ class StopRules:
 
 
 def end_token_ids(
-    tokenizer: Any, generation_config: dict | None, extra: Sequence[int]
+    tokenizer: Any, declared: Mapping[str, Sequence[int]], extra: Sequence[int]
 ) -> tuple[int, ...]:
-    """The tokenizer's EOS, generation_config.json's, and the configuration's own, sorted.
+    """Every token that ends a completion, sorted: the tokenizer's EOS, the token with which the
+    chat template ends the assistant's turn, what the model's files declare, and the
+    configuration's own.
+
+    A base model's EOS may be another than its template's end of turn; without the second a
+    completion would go on into turns that nobody asked for.
+
+    Args:
+        declared: file -> the ids that it names.
 
     Raises:
-        ConfigError: an id outside the vocabulary, or none at all.
+        ConfigError: an id outside the vocabulary.
     """
-    ids = set(extra)
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    declared = (generation_config or {}).get("eos_token_id")
-    if declared is not None:
-        ids |= set(declared) if isinstance(declared, list) else {declared}
+    sources = {**declared, "rollout.stop_token_ids": extra}
     size = len(tokenizer)
-    wrong = [i for i in sorted(ids) if not 0 <= i < size]
-    if wrong:
-        raise ConfigError(f"rollout.stop_token_ids: {wrong[0]} is no token id (0..{size - 1})")
-    if not ids:
-        raise ConfigError("no token ends a completion: give rollout.stop_token_ids")
-    return tuple(sorted(int(i) for i in ids))
+    for where, ids in sources.items():
+        for one in ids:
+            if not 0 <= one < size:
+                raise ConfigError(f"{where}: {one} is no token id (0..{size - 1})")
+    found = {one for ids in sources.values() for one in ids}
+    ends = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None}
+    return tuple(sorted(found | ends))
 
 
 def make_stop_rules(
@@ -142,10 +147,3 @@ def _byte_of_character() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in plain]
     table = {chr(byte): byte for byte in plain}
     return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
-    """`text` up to the first stop string."""
-    positions = [text.find(stop) for stop in stop_strings]
-    found = [position for position in positions if position >= 0]
-    return text[: min(found)] if found else text

@@ -22,7 +22,7 @@ from jaxgrpo.iteration import (
 from jaxgrpo.model.api import input_moments
 from jaxgrpo.session import Session
 from jaxgrpo.study.lab import Lab
-from jaxgrpo.tasks.data import decode_completions
+from jaxgrpo.tasks.texts import completion_texts
 from jaxgrpo.types import TrainBatch, Tree
 
 
@@ -99,7 +99,7 @@ def _batch(session: Session, programs: Programs, lora: Tree, step: int) -> Train
         advantages = np.ones(len(rollout.lengths), np.float32)
     else:
         prompts, rollout = sample_rollout(session, programs, lora, step)
-        texts = decode_completions(session.tokenizer, rollout.tokens, rollout.lengths)
+        texts = completion_texts(session.tokenizer, rollout, session.config.rollout.stop_strings)
         rewards, _ = score(session, prompts, texts, rollout)
         advantages = compute_advantages(rewards, grpo.group_size, grpo.scale_rewards)
     return make_train_batch(session, programs, lora, prompts, rollout, advantages)

@@ -1,4 +1,4 @@
-"""Problems -> prompts: reading a data set, the chat template, a deterministic order, padding.
+"""Problems -> prompts: reading a data set, a deterministic order, padding.
 
 Which problems a step sees follows from (seed, step) alone: epoch e is a permutation drawn from
 (seed, e), and step k takes its next slice. Resuming therefore needs no iterator state.
@@ -19,7 +19,8 @@ from jaxgrpo.config import EMBEDDED, ConfigError, DataConfig, suggestion
 from jaxgrpo.tasks.answers import gold_answer
 from jaxgrpo.tasks.math_boxed import gold_math_answer
 from jaxgrpo.tasks.problems import make_problems
-from jaxgrpo.types import FINISH_LENGTH, FINISH_STOP_TOKEN, PromptBatch, Rollout
+from jaxgrpo.tasks.texts import tokenize_prompts
+from jaxgrpo.types import PromptBatch
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 EMBEDDED_EVAL_PROBLEMS = 512
@@ -58,7 +59,7 @@ def load_problems(config: DataConfig, split: str) -> list[Problem]:
         question, answer = row.get(config.prompt_column), row.get(config.answer_column)
         if not isinstance(question, str) or not question.strip():
             raise ConfigError(f"{where}: row {index} has no text in '{config.prompt_column}'")
-        if not isinstance(answer, str | int | float):
+        if not isinstance(answer, str | int | float) or answer != answer:
             raise ConfigError(f"{where}: row {index} has no answer in '{config.answer_column}'")
         problems.append(Problem(question, str(answer), index))
     return problems
@@ -125,7 +126,7 @@ def _read_file(path: Path) -> list[Mapping[str, Any]]:
             # Read as a table: `datasets` would first copy the file into its cache.
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).to_pylist()
+            return shortest_floats(pyarrow.parquet.read_table(path))
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -171,29 +172,20 @@ def _read_hub(config: DataConfig, split: str) -> list[Mapping[str, Any]]:
         raise ConfigError(
             f"data.path: {config.path} is neither a file nor a data set of the hub's: {reason}"
         ) from None
-    return list(table)  # type: ignore[arg-type]
+    return shortest_floats(table.with_format("arrow")[:])  # type: ignore[union-attr,arg-type]
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The directory's tokenizer; never runs code from it.
-
-    Raises:
-        ConfigError: no tokenizer, or one without a chat template or an end token.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ConfigError(f"{directory} has no tokenizer (tokenizer.json)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exceptions on malformed files
-        reason = str(error).strip() or type(error).__name__
-        raise ConfigError(f"{directory}: the tokenizer does not load: {reason}") from None
-    if not tokenizer.chat_template:
-        raise ConfigError(f"{directory}: the tokenizer has no chat template")
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{directory}: the tokenizer has no end-of-sequence token")
-    return tokenizer
+def shortest_floats(table: Any) -> list[Mapping[str, Any]]:
+    """The rows of an Arrow table. What is stored in half or single precision becomes the number
+    that was written there: the float32 0.1 is 0.1 and not 0.10000000149011612."""
+    rows = table.to_pylist()
+    for column in table.schema:
+        narrow = {"halffloat": np.float16, "float": np.float32}.get(str(column.type))
+        if narrow is not None:
+            for row in rows:
+                value = row[column.name]
+                row[column.name] = None if value is None else float(str(narrow(value)))
+    return rows
 
 
 class PromptSource:
@@ -205,9 +197,8 @@ class PromptSource:
 
     def __init__(self, problems: Sequence[Problem], tokenizer: Any, config: DataConfig) -> None:
         self._config = config
-        texts = [render_prompt(problem.question, tokenizer, config) for problem in problems]
-        # The template writes every special token itself.
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        questions = [problem.question for problem in problems]
+        texts, ids = tokenize_prompts(questions, tokenizer, config)
         kept = [i for i, tokens in enumerate(ids) if len(tokens) <= config.max_prompt_tokens]
         if not kept:
             shortest = min(len(tokens) for tokens in ids)
@@ -268,44 +259,6 @@ class PromptSource:
             answers=[self._problems[row].answer for row in rows],
             indices=[self._problems[row].index for row in rows],
         )
-
-
-def render_prompt(question: str, tokenizer: Any, config: DataConfig) -> str:
-    """System prompt (if any) and question through the tokenizer's chat template."""
-    messages = [{"role": "user", "content": question + config.prompt_suffix}]
-    if config.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": config.system_prompt})
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program: it raises what it likes
-        raise ConfigError(f"the chat template does not render: {error!r}") from None
-
-
-def decode_completions(tokenizer: Any, tokens: Any, lengths: Any) -> list[str]:
-    """Completion tokens [B, C] as text, special tokens left out."""
-    rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-
-def gold_completions(tokenizer: Any, answers: Sequence[str], width: int) -> Rollout:
-    """Gold answers as if they had been sampled: tokens, the end token, padding to `width`.
-
-    An answer that is longer is cut, and counts as truncated.
-    """
-    encoded = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-    rows = [[*ids, tokenizer.eos_token_id] for ids in encoded]
-    tokens = np.zeros((len(rows), width), np.int32)
-    lengths = np.array([min(len(ids), width) for ids in rows], np.int32)
-    for row, (ids, length) in enumerate(zip(rows, lengths, strict=True)):
-        tokens[row, :length] = ids[:length]
-    cut = [len(ids) > width for ids in rows]
-    return Rollout(
-        tokens=tokens,  # type: ignore[arg-type]
-        mask=np.arange(width) < lengths[:, None],  # type: ignore[arg-type]
-        logprobs=np.zeros(tokens.shape, np.float32),  # type: ignore[arg-type]
-        lengths=lengths,  # type: ignore[arg-type]
-        finish_reasons=np.where(cut, FINISH_LENGTH, FINISH_STOP_TOKEN),  # type: ignore[arg-type]
-    )
 
 
 def train_rows(

@@ -179,6 +179,29 @@ def test_every_part_of_the_objective_runs_in_the_loop(tmp_path, overrides):
     result = _train(tmp_path, "steps=2", *overrides)
     assert all(np.isfinite(value) for value in result.metrics.values())
     assert result.metrics["grpo/skipped_updates"] == 0
+    if any("stop_strings" in word for word in overrides):
+        sampled, evaluated = _stopped_texts(tmp_path)
+        assert sampled and evaluated
+        assert all(text.endswith("####") for text in [*sampled, *evaluated])
+
+
+def _stopped_texts(run):
+    """What training and evaluation recorded of completions that a stop string ended."""
+    stop = "stop_string"
+    sampled = [
+        record["completion"]
+        for path in sorted((run / "completions").glob("*.jsonl"))
+        for record in read_jsonl(path)
+        if record["finish_reason"] == stop
+    ]
+    evaluated = [
+        text
+        for path in sorted((run / "eval").glob("*.jsonl"))
+        for record in read_jsonl(path)
+        for text, reason in zip(record["completions"], record["finish_reasons"], strict=True)
+        if reason == stop
+    ]
+    return sampled, evaluated
 
 
 def test_a_rank_plan_file_is_realised(tmp_path):

@@ -17,13 +17,11 @@ from jaxgrpo.tasks.data import (
     Problem,
     PromptSource,
     check_gold_answers,
-    decode_completions,
     load_problems,
-    load_tokenizer,
-    render_prompt,
     train_rows,
 )
 from jaxgrpo.tasks.problems import make_problems
+from jaxgrpo.tasks.texts import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 QWEN_TOKENIZER = Path(os.environ.get("JAXGRPO_QWEN_TOKENIZER", SHARED / "qwen2.5-tokenizer"))
@@ -92,6 +90,28 @@ def test_columns_are_named_and_numbers_become_text(tmp_path):
     path = write(tmp_path / "d.jsonl", [{"q": "1+1?", "a": 2}, {"q": "1/2?", "a": 0.5}])
     problems = load(path, prompt_column="q", answer_column="a")
     assert problems == [Problem("1+1?", "2", 0), Problem("1/2?", "0.5", 1)]
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_a_number_in_a_column_of_any_precision_is_the_number_that_was_written(tmp_path, kind):
+    import pyarrow
+    import pyarrow.parquet
+
+    written = [0.1, 2.5, 3.0, 1234.0, -0.7]
+    columns = {"question": ["q"] * 5, "answer": pyarrow.array(np.array(written, kind))}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "d.parquet")
+    assert [problem.answer for problem in load(tmp_path / "d.parquet")] == [str(x) for x in written]
+
+
+def test_a_missing_number_is_no_answer(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    for answers in ([1.0, float("nan")], [1.0, None]):
+        columns = {"question": ["q"] * 2, "answer": pyarrow.array(answers, "float32")}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "d.parquet")
+        with pytest.raises(ConfigError, match="row 1 has no answer in 'answer'"):
+            load(tmp_path / "d.parquet")
 
 
 def test_blank_lines_are_passed_over_and_line_separators_in_text_are_not_lines(tmp_path):
@@ -227,36 +247,6 @@ def test_train_rows_hold_prompt_and_completion_without_gaps(tokenizer):
         assert prompt_lengths[row] == len(prompt)
         whole = [*prompt, *completions[row, : lengths[row]].tolist()]
         assert tokens[row].tolist() == whole + [0] * (tokens.shape[1] - len(whole))
-
-
-def test_decoding_stops_at_the_length_and_leaves_special_tokens_out(tokenizer):
-    ids = tokenizer("#### 12", add_special_tokens=False)["input_ids"]
-    row = [*ids, tokenizer.eos_token_id, *ids]
-    lengths = [len(ids) + 1, 0]
-    assert decode_completions(tokenizer, np.array([row, row]), lengths) == ["#### 12", ""]
-
-
-def test_the_prompt_holds_the_system_prompt_and_the_suffix(tokenizer):
-    config = DataConfig(system_prompt="Be brief.", prompt_suffix=" Think.")
-    assert render_prompt("1+1?", tokenizer, config) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1? Think.<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
-    assert "system" not in render_prompt("1+1?", tokenizer, DataConfig())
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("other.json", "{}", r"has no tokenizer \(tokenizer\.json\)"),
-        ("tokenizer.json", "{", "the tokenizer does not load"),
-    ],
-)
-def test_a_bad_tokenizer_is_told_in_one_line(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=message) as caught:
-        load_tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(
