@@ -119,7 +119,7 @@ class DataConfig:
     prompt_column: str = "question"
     answer_column: str = "answer"
     system_prompt: str | None = None
-    """null: none, and the chat template's own if it has one; an empty text is a prompt of nothing."""
+    """null: none, or the chat template's own if it has one. No text is a prompt of nothing."""
     prompt_suffix: str = ""
     """Appended to every question before the chat template is applied."""
     max_prompt_tokens: int = 256
