@@ -9,21 +9,23 @@ import json
 
 import numpy as np
 
-from jaxgrpo import stats
+from jaxgrpo.stats import Interval
 from jaxgrpo.study.config import StudyConfig, StudyFiles
 from jaxgrpo.study.norms import read_norms
+from jaxgrpo.study.result_types import Amplification, AmplificationPoint
+from jaxgrpo.study.slopes import MECHANICAL_SLOPES, explanation, log_log_slope, signed
 
 
-def amplification(config: StudyConfig, files: StudyFiles) -> list[dict]:
+def amplification(config: StudyConfig, files: StudyFiles) -> list[Amplification]:
     """Per scale rule and view: how an adapter's share, relative to its share at uniform rank,
     depends on the rank it was given at random."""
-    found = []
+    found: list[Amplification] = []
     for view in ("l2", "rank_free", "weight"):
         reference = read_norms(files.profile("grpo"), view)
         if reference is None:
             continue
         for rule in config.study.probe.scale_rules:
-            points = []
+            points: list[AmplificationPoint] = []
             for draw in range(config.study.probe.draws):
                 norms = read_norms(files.probe(rule, draw), view)
                 path = files.plan(f"probe-{draw}")
@@ -41,10 +43,10 @@ def _points(
     reference: dict[str, np.ndarray],
     ranks: dict[str, list[int]],
     name: str,
-) -> list[dict]:
+) -> list[AmplificationPoint]:
     total = sum(x.sum() for x in norms.values())
     before = sum(x.sum() for x in reference.values())
-    points = []
+    points: list[AmplificationPoint] = []
     for module, values in norms.items():
         share, was = values.sum(axis=0) / total, reference[module].sum(axis=0) / before
         for layer, rank in enumerate(ranks[module]):
@@ -61,33 +63,37 @@ def _points(
     return points
 
 
-def _slope(rule: str, view: str, points: list[dict]) -> dict:
+def _slope(rule: str, view: str, points: list[AmplificationPoint]) -> Amplification:
     slope = _fit(points)
-    predicted = stats.MECHANICAL_SLOPES[rule] if view == "l2" else 0.0
+    predicted = MECHANICAL_SLOPES[rule] if view == "l2" else 0.0
     inside = "inside" if slope.low <= predicted <= slope.high else "outside"
     words = (
-        f"{stats.signed(slope.value)} ({stats.signed(slope.low)} to {stats.signed(slope.high)}); "
+        f"{signed(slope.value)} ({signed(slope.low)} to {signed(slope.high)}); "
         f"{predicted:+.1f} is predicted and lies {inside} the interval"
     )
     return {
         "scale_rule": rule,
         "view": view,
         "predicted": predicted,
-        **{"slope": slope.value, "low": slope.low, "high": slope.high},
+        "slope": slope.value,
+        "low": slope.low,
+        "high": slope.high,
+        "margin": 0.25,
+        "parts": [],
         "points": points,
         "words": words,
     }
 
 
-def _fit(points: list[dict]) -> stats.Interval:
+def _fit(points: list[AmplificationPoint]) -> Interval:
     """Slope of log share ratio on log rank; the points of one layer are one cluster."""
-    x, y = (np.array([p[key] for p in points]) for key in ("log_rank", "log_share"))
-    return stats.log_log_slope(x, y, np.array([p["layer"] for p in points]))
+    x, y = (np.array([p["log_rank"] for p in points]), np.array([p["log_share"] for p in points]))
+    return log_log_slope(x, y, np.array([p["layer"] for p in points]))
 
 
-def amplification_verdict(found: list[dict]) -> list[str]:
+def amplification_verdict(found: list[Amplification]) -> list[str]:
     raw = {
-        a["scale_rule"]: stats.Interval(a["slope"], a["low"], a["high"])
+        a["scale_rule"]: Interval(a["slope"], a["low"], a["high"])
         for a in found
         if a["view"] == "l2"
     }
@@ -95,7 +101,7 @@ def amplification_verdict(found: list[dict]) -> list[str]:
         return []
     # The view that no rank enters is one question, whatever the rule: all probes answer it.
     pooled = [point for a in found if a["view"] == "weight" for point in a["points"]]
-    _, sentence = stats.explanation(raw, _fit(pooled) if pooled else None)
+    _, sentence = explanation(raw, _fit(pooled) if pooled else None)
     outside = [
         a["scale_rule"]
         for a in found

@@ -26,7 +26,9 @@ from jaxgrpo.study.config import (
     list_arms,
 )
 from jaxgrpo.study.planner import Planner, unit_of
+from jaxgrpo.study.printing import print_verdict
 from jaxgrpo.study.report import write_report
+from jaxgrpo.study.result_types import Results
 from jaxgrpo.study.results import collect_results
 from jaxgrpo.study.runs import (
     arm_configs,
@@ -43,7 +45,7 @@ PROBE_SEED = 1000
 """Random plans of probes are drawn from here on, those of arms from 0 on."""
 
 
-def run_study(config: StudyConfig, console: Console) -> dict:
+def run_study(config: StudyConfig, console: Console) -> Results:
     """Runs what is missing, then the report; returns the results.
 
     Raises:
@@ -61,7 +63,7 @@ def run_study(config: StudyConfig, console: Console) -> dict:
         results = collect_results(config)
         files = StudyFiles(config.run_dir)
         atomic_write_json(files.results, results)
-        write_report(results, files.root)
+        write_report(dict(results), files.root)
     print_verdict(results, console)
     console.print(f"report {files.html}", highlight=False)
     return results
@@ -187,44 +189,3 @@ class Runner:
             first = spent.setdefault((arm.mean_rank, unit), cost)
             assert cost == first, f"arm {arm.name} costs {cost} {unit}, the others {first}"
         self._console.print(table)
-
-
-def print_verdict(results: dict, console: Console) -> None:
-    """The answer, and accuracy per arm."""
-    table = Table(title="held-out accuracy", title_justify="left")
-    for heading in ("arm", "accuracy", "95 % interval", "versus uniform", "p (Holm)"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
-    for arm in results["arms"]:
-        versus = arm["versus"]
-        table.add_row(
-            arm["name"],
-            _percent(arm["accuracy"]),
-            f"{_percent(arm['low'])} to {_percent(arm['high'])}",
-            "" if versus is None else f"{100 * versus['difference']:+.1f} points",
-            "" if versus is None else f"{versus['p_holm']:.2g}",
-        )
-    console.print(table)
-    for sentence in (
-        *results["verdict"],
-        *results["amplification_verdict"],
-        *map(_importance_line, results["profiles"]),
-    ):
-        console.print(sentence, highlight=False)
-
-
-def _importance_line(profile: dict) -> str:
-    found = profile["views"]["l2"]
-    ratio, top = found["max_min"], found["top_share"]
-    return (
-        f"{profile['objective'].upper()} profile, raw L2: largest over smallest layer share "
-        f"{_number(ratio['value'])} ({_number(ratio['low'])} to {_number(ratio['high'])}), the top "
-        f"{top['layers']} of {profile['layers']} layers hold {top['value']:.1%}."
-    )
-
-
-def _number(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.2f}"
-
-
-def _percent(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.1%}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from jaxgrpo.config import Config, ConfigError, Objective, ScaleRule, check_choice
+from jaxgrpo.study.result_types import Answer, Decoding
 
 View = Literal["l2", "rms", "rank_free", "weight"]
 SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
@@ -156,14 +157,30 @@ class ArmsConfig:
 
 
 @dataclass(frozen=True)
+class OutcomeConfig:
+    """Which accuracy the study is about, where runs are measured in several ways."""
+
+    decoding: Literal["auto", "greedy", "sampled"] = "auto"
+    """auto: sampled if eval.temperature is above 0, otherwise greedy."""
+    answer: Answer = "reward"
+    """Which rule says right: that of eval.reward, or lm-eval's strict or flexible one for GSM8K."""
+
+
+@dataclass(frozen=True)
 class StudySettings:
     """What `study:` holds."""
 
     title: str = "Does this rank allocation help under GRPO?"
+    margin: float = 0.02
+    """A difference in accuracy within this either way counts as none: two points."""
+    outcome: OutcomeConfig = field(default_factory=OutcomeConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     arms: ArmsConfig = field(default_factory=ArmsConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 < self.margin < 1, f"study.margin must lie in (0, 1), got {self.margin}")
 
 
 @dataclass(frozen=True)
@@ -192,6 +209,17 @@ class StudyConfig(Config):
             "study.arms.plans holds equalised, but under rslora a gradient's share does not depend "
             "on rank, so no plan equalises it: take rslora out of study.arms.scale_rules",
         )
+        decoding = self.study.outcome.decoding
+        _require(
+            decoding in ("auto", self.decodings[0]),
+            f"study.outcome.decoding={decoding}, but eval.temperature={self.eval.temperature:g} "
+            f"gives {self.decodings[0]} completions",
+        )
+        _require(
+            self.study.outcome.answer == "reward" or self.eval.reward == "gsm8k_answer",
+            f"study.outcome.answer={self.study.outcome.answer} is a rule for GSM8K's answers; "
+            f"with eval.reward={self.eval.reward} it must be reward",
+        )
         self._check_bounds()
 
     def _check_bounds(self) -> None:
@@ -210,6 +238,11 @@ class StudyConfig(Config):
                 f"the mean rank {mean:g} of {plan} lies outside study.allocation.bounds.{plan}: "
                 f"{low} to {high}",
             )
+
+    @property
+    def decodings(self) -> tuple[Decoding, ...]:
+        """Which evaluations a run makes, the one that the study is about first."""
+        return ("sampled",) if self.eval.temperature > 0 else ("greedy",)
 
     @property
     def mean_ranks(self) -> tuple[int, ...]:

@@ -231,12 +231,22 @@ class Spread(TypedDict):
     own: list[float | None]
 
 
+class TopShare(TypedDict):
+    """What the given fraction of the layers, the largest, hold together."""
+
+    fraction: float
+    layers: int
+    value: float
+    low: float
+    high: float
+
+
 class View(TypedDict):
     share: list[float]
     low: list[float]
     high: list[float]
     max_min: Range
-    top_share: dict
+    top_share: TopShare
     early_late_correlation: float | None
     heatmap: list[list[float]]
 

@@ -3,59 +3,89 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxgrpo import stats
-from jaxgrpo.config import EMBEDDED
 from jaxgrpo.records.run_directory import read_jsonl
+from jaxgrpo.stats import Interval, RunLayout
 from jaxgrpo.study.amplification import amplification, amplification_verdict
+from jaxgrpo.study.comparisons import compare, detectable, planned_contrasts
 from jaxgrpo.study.config import DYNAMIC, Arm, StudyConfig, StudyFiles, arm_label, list_arms
+from jaxgrpo.study.evals import Answers, measures, read_answers
+from jaxgrpo.study.importance import importance
 from jaxgrpo.study.norms import layer_norms, read_norms
+from jaxgrpo.study.paper import paper_rows
+from jaxgrpo.study.result_types import (
+    RESULTS_FORMAT,
+    Allocation,
+    ArmResult,
+    Base,
+    Contrast,
+    Curve,
+    Profile,
+    Residual,
+    Results,
+    Trend,
+    View,
+)
+from jaxgrpo.study.runs import has_plan_file, plan_name
+from jaxgrpo.study.settings import study_settings
 from jaxgrpo.study.verdict import question, verdict
 
 VIEWS = ("l2", "weight", "rank_free", "rms")
-# arXiv 2605.07366, as published; accuracies are of 200 test items and one seed.
-PAPER = {
-    "uniform": 0.745,
-    "proportional": 0.70,
-    "random": 0.675,
-    "reduced": 0.65,
-    "base": 0.66,
-    "max_min_uniform": 2.17,
-    "max_min_proportional": 3.00,
-    "top_share": 0.357,
-    "early_late": 0.962,
-}
 
 
-def collect_results(config: StudyConfig) -> dict[str, Any]:
-    """The `results` dict that report.py renders; what has not run yet is null or left out."""
+def collect_results(config: StudyConfig) -> Results:
+    """What results.json holds; what has not run yet is null or left out."""
     files = StudyFiles(config.run_dir)
-    arms = _arms(config, files)
+    groups: dict[str, list[Arm]] = {}
+    for arm in list_arms(config):
+        groups.setdefault(arm.group, []).append(arm)
+    answers = {}
+    for group, arms in groups.items():
+        found = read_answers([files.arm(arm) for arm in arms], config.steps, config)
+        if found is not None:
+            answers[group] = found
+    labels = {group: arm_label(arms[0], config) for group, arms in groups.items()}
+    planned = planned_contrasts(config, labels)
+    layout = RunLayout(np.array([one.cells for one in answers.values()])) if answers else None
+    contrasts = {} if layout is None else compare(planned, answers, layout)
+    about = {one.about: contrasts[one.name] for one in planned if one.name in contrasts}
+    arms = [
+        _arm(files, runs, _accuracy(group, answers, layout), about.get(group), config)
+        for group, runs in groups.items()
+    ]
     profiles = [
         profile
         for objective in config.study.profile.objectives
         if (profile := _profile(files, objective)) is not None
     ]
     slopes = amplification(config, files)
-    n_items = next((arm["n_items"] for arm in arms if arm["n_items"]), 0)
-    detectable = _detectable(arms, n_items, len(config.study.arms.seeds))
+    smallest = None if layout is None else detectable(planned, answers, layout)
+    trend = _rank_trend(config, groups, answers, layout)
+    residual = None if layout is None else _residual(layout)
     return {
+        "format": RESULTS_FORMAT,
         "title": config.study.title,
         "question": question(config),
-        "verdict": verdict(arms, detectable),
-        "settings": _settings(config, files),
+        "verdict": verdict(arms, list(contrasts.values()), residual, smallest, trend),
+        "settings": study_settings(config, files),
         "versions": _versions(files, config),
         "base": _base(config, files),
         "arms": arms,
-        "minimum_detectable_effect": detectable,
+        "contrasts": list(contrasts.values()),
+        "residual": residual,
+        "minimum_detectable_effect": smallest and smallest["value"],
+        "detectable": smallest,
         "detectable_note": (
-            f"smallest true difference that a paired comparison on {n_items} items finds with "
-            "80 % power at p < 0.05, at the discordance seen here; more seeds only sharpen it"
+            "the true difference that the primary contrast finds with 80 % power at 5 %, by the "
+            "residual sd of the runs; more seeds make it smaller"
         ),
+        "rank_trend": trend,
+        "design": None,
         "profiles": profiles,
         "importance": {
             "objective": config.importance_objective(config.study.arms.objectives[0]),
@@ -63,58 +93,112 @@ def collect_results(config: StudyConfig) -> dict[str, Any]:
         },
         "amplification": slopes,
         "amplification_verdict": amplification_verdict(slopes),
-        "paper": _paper(config, files, arms, profiles),
+        "spread": [],
+        "paper": paper_rows(config, files, arms, profiles),
         "allocations": _allocations(config, files),
     }
 
 
-def _arms(config: StudyConfig, files: StudyFiles) -> list[dict]:
-    groups: dict[str, list[Arm]] = {}
-    for arm in list_arms(config):
-        groups.setdefault(arm.group, []).append(arm)
-    correct = {group: _correct(config, files, arms) for group, arms in groups.items()}
-    found = []
-    for group, arms in groups.items():
-        found.append(_arm(files, arms, correct[group], config))
-    _compare(found, groups, correct, config)
-    return found
+@dataclass(frozen=True)
+class _Accuracy:
+    """An arm's accuracy over its seeds, of so many items."""
+
+    interval: Interval
+    per_seed: list[float]
+    items: int
 
 
-def _correct(config: StudyConfig, files: StudyFiles, arms: list[Arm]) -> np.ndarray | None:
-    """[S, N] of the seeds that are finished, in the arms' order; None if one is missing."""
-    rows = []
-    for arm in arms:
-        path = files.arm(arm) / "eval" / f"step_{config.steps:06d}.jsonl"
-        if not (files.arm(arm) / "summary.json").is_file() or not path.is_file():
-            return None
-        records = sorted(read_jsonl(path), key=lambda record: record["index"])
-        rows.append([float(np.mean(record["correct"])) for record in records])
-    return np.array(rows)
+def _accuracy(
+    group: str, answers: dict[str, Answers], layout: RunLayout | None
+) -> _Accuracy | None:
+    if layout is None or group not in answers:
+        return None
+    place = list(answers).index(group)
+    items = answers[group].counts.shape[1]
+    return _Accuracy(layout.arm_interval(place), layout.accuracy[place].tolist(), items)
+
+
+def _residual(layout: RunLayout) -> Residual | None:
+    found = layout.residual
+    if found is None:
+        return None
+    return {"sd": found.sd, "df": found.df, "low": found.low, "high": found.high}
+
+
+def _rank_trend(
+    config: StudyConfig,
+    groups: dict[str, list[Arm]],
+    answers: dict[str, Answers],
+    layout: RunLayout | None,
+) -> Trend | None:
+    """Slope of the uniform arms' accuracy on log2 of their rank, under the first scale rule."""
+    rules = (config.study.arms.scale_rules[0], None)
+    ranks = {
+        group: arms[0].mean_rank
+        for group, arms in groups.items()
+        if arms[0].plan == "uniform" and arms[0].scale_rule in rules
+    }
+    if (
+        layout is None
+        or layout.residual is None
+        or len(ranks) < 2
+        or not set(ranks) <= set(answers)
+    ):
+        return None
+    logs = {group: math.log2(rank) for group, rank in ranks.items()}
+    mean = sum(logs.values()) / len(logs)
+    square = sum((x - mean) ** 2 for x in logs.values())
+    # A least-squares slope is a contrast: its error and df are those of every other one.
+    found = layout.contrast([(logs[g] - mean) / square if g in logs else 0.0 for g in answers])
+    interval = found.interval()
+    return {
+        "slope": found.difference,
+        "low": interval.low,
+        "high": interval.high,
+        "p": found.p,
+        "df": found.df,
+    }
 
 
 def _arm(
-    files: StudyFiles, arms: list[Arm], correct: np.ndarray | None, config: StudyConfig
-) -> dict:
+    files: StudyFiles,
+    arms: list[Arm],
+    accuracy: _Accuracy | None,
+    versus: Contrast | None,
+    config: StudyConfig,
+) -> ArmResult:
     first = arms[0]
     summary = _read(files.arm(first) / "summary.json")
     plan = summary["plan"]["ranks"] if summary else {}
     every = [r for ranks in plan.values() for r in ranks]
-    metrics = [_metrics(files.arm(arm) / "metrics.jsonl") for arm in arms]
-    accuracy = None if correct is None else stats.accuracy_interval(correct)
+    runs = [files.arm(arm) for arm in arms]
+    metrics = [_metrics(run / "metrics.jsonl") for run in runs]
     seconds = sum(r["step_time"] for run in metrics for r in run)
     tokens = int(sum(r["num_tokens"] for run in metrics for r in run))
-    sizes = {_read(files.arm(arm) / "summary.json").get("trainable_parameters") for arm in arms}
+    sizes = {_read(run / "summary.json").get("trainable_parameters") for run in runs}
+    done = accuracy is not None
+    longest = config.optim.max_grad_norm or math.inf
     return {
         "name": arm_label(first, config),
         "plan": first.plan,
         "scale_rule": first.scale_rule or "any",
         "mean_rank": first.mean_rank,
         "seeds": [arm.seed for arm in arms],
-        "accuracy": accuracy and accuracy.value,
-        "low": accuracy and accuracy.low,
-        "high": accuracy and accuracy.high,
-        "per_seed": [] if correct is None else correct.mean(axis=1).tolist(),
-        "n_items": 0 if correct is None else correct.shape[1],
+        "accuracy": accuracy and accuracy.interval.value,
+        "low": accuracy and accuracy.interval.low,
+        "high": accuracy and accuracy.interval.high,
+        "per_seed": accuracy.per_seed if accuracy else [],
+        "n_items": accuracy.items if accuracy else 0,
+        "learning_rates": [config.optim.learning_rate for _ in arms],
+        "measures": measures(runs, config.steps, config) if done else [],
+        "reward_last_quarter": _last_quarter(metrics, "reward") if done else [],
+        "kl_last_quarter": _last_quarter(metrics, "kl") if done else [],
+        "gradient_clipped": [
+            float(np.mean([r["grad_norm"] > longest for r in run]))
+            for run in metrics
+            if done and run and "grad_norm" in run[0]
+        ],
+        "speed": _speed(first, files, config),
         "trainable_parameters": sizes.pop() if len(sizes) == 1 else None,
         "total_rank": sum(every) if every else None,
         "rank_min": min(every, default=None),
@@ -126,59 +210,25 @@ def _arm(
         "seconds": seconds or None,
         "tokens": tokens or None,
         "tokens_per_s": tokens / seconds if seconds else None,
-        "versus": None,
+        "versus": versus,
     }
 
 
-def _compare(
-    found: list[dict],
-    groups: dict[str, list[Arm]],
-    correct: dict[str, np.ndarray | None],
-    config: StudyConfig,
-) -> None:
-    """Fills `versus`: each arm against the uniform one of its mean rank and, if any, its rule."""
-    names = list(groups)
-    compared = []
-    for entry, group in zip(found, names, strict=True):
-        arm = groups[group][0]
-        if arm.plan == "uniform":
-            continue
-        rule = None if arm.mean_rank == config.lora.rank else arm.scale_rule
-        reference = Arm("uniform", rule, arm.mean_rank, arm.seed, arm.objective).group
-        mine, other = correct[group], correct.get(reference)
-        if mine is None or other is None:
-            continue
-        paired = stats.paired_difference(mine, other)
-        entry["versus"] = {
-            "arm": arm_label(groups[reference][0], config),
-            "difference": paired.difference,
-            "low": paired.low,
-            "high": paired.high,
-            "p": paired.p,
-            "only_this": paired.only_a,
-            "only_other": paired.only_b,
-        }
-        compared.append(entry)
-    adjusted = stats.holm([entry["versus"]["p"] for entry in compared])
-    for entry, p in zip(compared, adjusted, strict=True):
-        entry["versus"]["p_holm"] = float(p)
+def _speed(arm: Arm, files: StudyFiles, config: StudyConfig) -> float | None:
+    if arm.plan == "uniform":
+        return 1.0
+    plan = _read(files.plan(plan_name(config, arm))) if has_plan_file(arm) else {}
+    return plan.get("speed", {}).get(arm.scale_rule)
 
 
-def _detectable(arms: list[dict], n_items: int, seeds: int) -> float | None:
-    reference = next((arm for arm in arms if arm["plan"] == "uniform"), None)
-    if not n_items or reference is None or reference["accuracy"] is None:
-        return None
-    discordant = [
-        (v["only_this"] + v["only_other"]) / (n_items * seeds)
-        for arm in arms
-        if (v := arm["versus"]) is not None
-    ]
-    share = max(discordant) if discordant else None
-    return float(stats.minimum_detectable_effect(n_items, reference["accuracy"], share or None))
+def _last_quarter(runs: list[list[dict]], name: str) -> list[float]:
+    """Mean over the last quarter of the steps, per run that measured it."""
+    runs = [run for run in runs if run and name in run[-1]]
+    return [float(np.mean([r[name] for r in run[-max(1, len(run) // 4) :]])) for run in runs]
 
 
-def _profile(files: StudyFiles, objective: str) -> dict | None:
-    views = {}
+def _profile(files: StudyFiles, objective: str) -> Profile | None:
+    views: dict[str, View] = {}
     steps = layers = 0
     modules: list[str] = []
     for view in VIEWS:
@@ -187,8 +237,8 @@ def _profile(files: StudyFiles, objective: str) -> dict | None:
             continue
         by_layer = layer_norms(norms)
         steps, layers, modules = *by_layer.shape, list(norms)
-        found = stats.importance(by_layer)
-        views[view] = found.to_json() | {"heatmap": by_layer.T.tolist()}
+        found = importance(by_layer)
+        views[view] = found.to_json(by_layer.T)
     if not views:
         return None
     return {
@@ -200,7 +250,7 @@ def _profile(files: StudyFiles, objective: str) -> dict | None:
     }
 
 
-def _base(config: StudyConfig, files: StudyFiles) -> dict | None:
+def _base(config: StudyConfig, files: StudyFiles) -> Base | None:
     metrics = _read(files.arm(list_arms(config)[0]) / "eval" / "step_000000.json")
     if not metrics:
         return None
@@ -212,51 +262,8 @@ def _base(config: StudyConfig, files: StudyFiles) -> dict | None:
     }
 
 
-def _paper(
-    config: StudyConfig, files: StudyFiles, arms: list[dict], profiles: list[dict]
-) -> list[dict]:
-    """The paper's figures beside ours; other models and data are another question, and say so."""
-    same = "" if config.model.path != EMBEDDED else "another model and task: not a replication"
-    rows = []
-    for plan in ("uniform", "proportional", "random", "reduced"):
-        entry = next((a for a in arms if a["plan"] == plan and a["accuracy"] is not None), None)
-        ours = "not measured" if entry is None else f"{entry['accuracy']:.1%}"
-        rows.append(_row(f"accuracy, {plan}", f"{PAPER[plan]:.1%} (n = 200, 1 seed)", ours, same))
-    for plan in ("uniform", "proportional"):
-        ratio = _arm_max_min(config, files, plan)
-        ours = "not measured" if ratio is None else f"{ratio:.2f}"
-        note = "raw L2, over the whole run" if plan == "uniform" else "2.17 x sqrt(40/20) = 3.07"
-        quantity = f"max/min layer share, {plan} run"
-        rows.append(_row(quantity, f"{PAPER[f'max_min_{plan}']:.2f}", ours, note))
-    grpo = next((p["views"].get("l2") for p in profiles if p["objective"] == "grpo"), None)
-    if grpo:
-        top, correlation = grpo["top_share"], grpo["early_late_correlation"]
-        rows.append(
-            _row(
-                "share of the top 30 % of layers",
-                f"{PAPER['top_share']:.1%}",
-                f"{top['value']:.1%} ({top['layers']} layers)",
-                "GRPO profile",
-            )
-        )
-        ours = "not measured" if correlation is None else f"{correlation:.3f}"
-        rows.append(_row("early/late correlation", f"{PAPER['early_late']}", ours, "GRPO profile"))
-    return rows
-
-
-def _row(quantity: str, paper: str, ours: str, note: str) -> dict:
-    return {"quantity": quantity, "paper": paper, "ours": ours, "note": note}
-
-
-def _arm_max_min(config: StudyConfig, files: StudyFiles, plan: str) -> float | None:
-    """max/min layer share of the first seed's run, raw L2, as the paper measured it."""
-    arm = next((a for a in list_arms(config) if a.plan == plan), None)
-    norms = None if arm is None else read_norms(files.arm(arm), "l2")
-    return None if norms is None else float(stats.max_min_ratio(stats.shares(layer_norms(norms))))
-
-
-def _allocations(config: StudyConfig, files: StudyFiles) -> list[dict]:
-    found = []
+def _allocations(config: StudyConfig, files: StudyFiles) -> list[Allocation]:
+    found: list[Allocation] = []
     for arm in list_arms(config):
         if arm.seed != config.study.arms.seeds[0] and arm.plan != "random":
             continue
@@ -270,29 +277,6 @@ def _allocations(config: StudyConfig, files: StudyFiles) -> list[dict]:
     return found
 
 
-def _settings(config: StudyConfig, files: StudyFiles) -> dict[str, str]:
-    summary = _read(files.profile("grpo") / "summary.json")
-    size = f", {summary['model']['parameters']:,} parameters" if summary else ""
-    low, high = config.bounds(config.lora.rank)
-    allocation = config.study.allocation
-    return {
-        "model": f"{config.model.path}{size}",
-        "data": config.data.path,
-        "steps": f"{config.steps} per arm, {config.study.profile.steps} per profile and probe",
-        "batch": f"{config.grpo.prompts_per_step} prompts x {config.grpo.group_size} completions",
-        "loss": config.grpo.loss,
-        "learning rate": f"{config.optim.learning_rate:g}, {config.optim.schedule}",
-        "budget": f"mean rank {', '.join(map(str, config.mean_ranks))}, ranks {low} to {high}, "
-        f"counted in {allocation.unit}, one rank per {allocation.granularity}",
-        "importance": f"{allocation.view} norms of the profile under "
-        + (allocation.objective or "the arm's own objective"),
-        "scale": f"every rule gives {config.lora.alpha / config.lora.rank:g} at rank "
-        f"{config.lora.rank}",
-        "adapted": ", ".join(config.lora.target_modules),
-        "seeds": ", ".join(map(str, config.study.arms.seeds)),
-    }
-
-
 def _versions(files: StudyFiles, config: StudyConfig) -> dict[str, str]:
     return _read(files.profile("grpo") / "summary.json").get("versions", {})
 
@@ -303,11 +287,11 @@ def _metrics(path: Path) -> list[dict]:
     return [record for record in read_jsonl(path) if "step_time" in record]
 
 
-def _curve(runs: list[list[dict]], name: str, spread: bool = False) -> dict:
+def _curve(runs: list[list[dict]], name: str, spread: bool = False) -> Curve:
     runs = [run for run in runs if run and name in run[0]]
     length = min((len(run) for run in runs), default=0)
     values = np.array([[r[name] for r in run[:length]] for run in runs], float)
-    curve: dict[str, list] = {"steps": [r["step"] for r in runs[0][:length]] if runs else []}
+    curve: Curve = {"steps": [r["step"] for r in runs[0][:length]] if runs else []}
     curve["mean"] = values.mean(axis=0).tolist() if runs else []
     if spread:
         curve["low"] = values.min(axis=0).tolist() if runs else []

@@ -16,6 +16,7 @@ from rich.console import Console
 from jaxgrpo.config import EMBEDDED, ConfigError
 from jaxgrpo.study.arms import run_study
 from jaxgrpo.study.config import StudyConfig
+from jaxgrpo.study.result_types import Results
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _anchored(path: str) -> str:
     return str(local.absolute()) if path != EMBEDDED and local.exists() else path
 
 
-def run_sweep(config: SweepConfig, console: Console) -> list[dict]:
+def run_sweep(config: SweepConfig, console: Console) -> list[Results]:
     """Runs what is missing of every study, then their reports; the results in order.
 
     Raises:

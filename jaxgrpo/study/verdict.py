@@ -2,57 +2,119 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jaxgrpo.study.config import StudyConfig
+from jaxgrpo.study.result_types import ArmResult, Contrast, Detectable, Residual, Trend
 
 
 def question(config: StudyConfig) -> str:
     plans = [p for p in config.study.arms.plans if p != "uniform"]
+    ranks = ", ".join(map(str, config.mean_ranks))
+    budget = f"a mean rank of {ranks}" if len(config.mean_ranks) == 1 else f"mean ranks of {ranks}"
+    asked = []
+    if plans:
+        asked.append(
+            f"does giving layers different ranks ({', '.join(plans)}) beat the same rank everywhere"
+        )
+    if len(config.mean_ranks) > 1:
+        asked.append("does accuracy depend on the rank at all")
     return (
-        f"At one budget of {config.lora.rank} ranks per adapter on average: does giving layers "
-        f"different ranks ({', '.join(plans)}) beat the same rank everywhere, and does a layer's "
-        "rank draw gradient to it?"
+        f"At {budget} per adapter: {', '.join(asked)}, and does a layer's rank draw gradient to it?"
     )
 
 
-def verdict(arms: list[dict], detectable: float | None) -> list[str]:
-    compared = [arm for arm in arms if arm["versus"] is not None]
-    if not compared:
+def verdict(
+    arms: Sequence[ArmResult],
+    contrasts: Sequence[Contrast],
+    residual: Residual | None,
+    detectable: Detectable | None,
+    trend: Trend | None,
+) -> list[str]:
+    """What can be said, the most important first: an answer, each arm, and how sure.
+
+    "No" needs every arm to be worse or its interval to end below the margin; what is neither shown
+    to differ nor to be equivalent is called open.
+    """
+    if not contrasts:
         return ["No arm is finished together with its uniform reference yet."]
-    sure = [arm for arm in compared if arm["versus"]["p_holm"] < 0.05]
-    better = [arm for arm in sure if arm["versus"]["difference"] > 0]
-    worse = [arm for arm in sure if arm["versus"]["difference"] < 0]
-    if better:
-        head = f"Yes, here it helps. Against uniform ranks: {_differences(better)}."
-    elif worse:
-        head = "No: no plan beats uniform ranks."
-    else:
-        head = "No difference found: no plan is reliably better or worse than uniform ranks."
-    sentences = [head]
-    if worse:
-        sentences.append(f"Worse: {_differences(worse)}.")
-    rest = [arm for arm in compared if arm not in sure]
-    if rest:
-        sentences.append(f"Not told apart from uniform: {_brief(rest)}.")
+    if residual is None:
+        shown = contrasts if len(contrasts) <= 4 else contrasts[:1]
+        return [
+            "One run per arm says nothing of another run, so nothing is tested. Between these "
+            f"trained models: {'; '.join(map(_untested, shown))}."
+        ]
+    plans = [arm["versus"] for arm in arms if arm["versus"] and arm["plan"] != "uniform"]
+    sentences = [_headline(plans)] if plans else []
+    if trend is not None:
+        sentences.append(
+            f"Accuracy changes by {100 * trend['slope']:+.1f} points per doubling of the rank "
+            f"({100 * trend['low']:+.1f} to {100 * trend['high']:+.1f}, p = {trend['p']:.2g}, "
+            f"{trend['df']:.3g} df)."
+        )
+    primary = next((c for c in contrasts if c["family"] == "primary"), None)
+    if primary is not None:
+        sentences.append(f"Primary: {_tested(primary)}.")
+    for word in ("better", "worse", "equivalent", "open"):
+        rest = [c for c in contrasts if c["verdict"] == word and c is not primary]
+        if rest:
+            sentences.append(f"{word.capitalize()}: {_listed(rest)}.")
+    sentences.append(
+        f"A run moves by an sd of {_points(residual['sd'])} points by itself "
+        f"({_points(residual['low'])} to {_points(residual['high'])}, {residual['df']} df)."
+    )
     if detectable is not None:
         sentences.append(
-            f"A true difference below about {100 * detectable:.1f} points would go unseen at this "
-            "size."
+            f"At this size the primary contrast finds a true difference of "
+            f"{_points(detectable['value'])} points with 80 % power "
+            f"({_points(detectable['low'])} to {_points(detectable['high'])} over the interval of "
+            "that sd)."
         )
     return sentences
 
 
-def _brief(arms: list[dict]) -> str:
-    """Each arm's difference, or of many only the range: the table has the rest."""
-    if len(arms) <= 4:
-        return _differences(arms)
-    ordered = sorted(arms, key=lambda arm: arm["versus"]["difference"])
-    return f"{len(arms)} plans, from {_differences(ordered[:1])} to {_differences(ordered[-1:])}"
-
-
-def _differences(arms: list[dict]) -> str:
-    return "; ".join(
-        f"{arm['name']} is {100 * v['difference']:+.1f} points "
-        f"({100 * v['low']:+.1f} to {100 * v['high']:+.1f}, p = {v['p_holm']:.2g})"
-        for arm in arms
-        if (v := arm["versus"])
+def _headline(plans: Sequence[Contrast]) -> str:
+    better = [c for c in plans if c["verdict"] == "better"]
+    if better:
+        return f"Yes, here it helps: {_listed(better)}."
+    below = all(
+        c["verdict"] == "worse" or (c["high"] is not None and c["high"] < c["margin"])
+        for c in plans
     )
+    if below:
+        margin = _points(max(c["margin"] for c in plans))
+        return (
+            f"No plan beats uniform ranks by {margin} points: each is worse or bounded below that."
+        )
+    return "Open: no plan is shown to be better, and not every one to be worse or equivalent."
+
+
+def _listed(contrasts: Sequence[Contrast]) -> str:
+    """Each difference, or of many only the range: the table has the rest."""
+    if len(contrasts) <= 4:
+        return "; ".join(map(_tested, contrasts))
+    ordered = sorted(contrasts, key=lambda c: c["difference"])
+    return f"{len(ordered)} contrasts, from {_tested(ordered[0])} to {_tested(ordered[-1])}"
+
+
+def _tested(c: Contrast) -> str:
+    assert c["low"] is not None and c["high"] is not None and c["p_holm"] is not None
+    said = f", {c['verdict']}" if c["family"] == "primary" else ""
+    within = f" within {_points(c['margin'])}" if c["verdict"] == "equivalent" else ""
+    return (
+        f"{c['name']} is {100 * c['difference']:+.1f} points ({100 * c['low']:+.1f} to "
+        f"{100 * c['high']:+.1f}, p = {c['p_holm']:.2g}, {len(c['per_seed'])} seeds, "
+        f"{c['df']:.3g} df){said}{within}"
+    )
+
+
+def _untested(c: Contrast) -> str:
+    fixed = c["fixed_models"]
+    return (
+        f"{c['name']} is {100 * c['difference']:+.1f} points over these items "
+        f"({100 * fixed['low']:+.1f} to {100 * fixed['high']:+.1f} over others like them)"
+    )
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f}"

@@ -12,9 +12,10 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from jaxgrpo import stats
+from jaxgrpo.study.importance import importance
 from jaxgrpo.study.report import facts, write_report
 from jaxgrpo.study.report.plot import index_ticks, log_ticks, nice_ticks
+from jaxgrpo.study.slopes import MECHANICAL_SLOPES
 from tests.study.browser import Browser, find_browser
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -105,8 +106,7 @@ def make_profile(rng, objective, layers, steps):
     views = {}
     for view in ("l2", "weight", "rank_free", "rms"):
         norms = np.exp(heat + rng.normal(0, 0.15, (steps, layers)))
-        found = stats.importance(norms, resamples=60)
-        views[view] = found.to_json() | {"heatmap": norms.T.tolist()}
+        views[view] = importance(norms, resamples=60).to_json(norms.T)
     return {
         "objective": objective,
         "steps": steps,
@@ -117,7 +117,7 @@ def make_profile(rng, objective, layers, steps):
 
 
 def make_probe(rng, rule, view, layers):
-    predicted = stats.MECHANICAL_SLOPES[rule] if view == "l2" else 0.0
+    predicted = MECHANICAL_SLOPES[rule] if view == "l2" else 0.0
     slope = predicted + rng.normal(0, 0.03)
     points = []
     for layer in range(layers):

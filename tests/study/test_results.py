@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from jaxgrpo.config import ConfigError
+from jaxgrpo.config import ConfigError, EvalConfig
 from jaxgrpo.config_files import decode_config
 from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, list_arms, scaled_lora
 from jaxgrpo.study.results import collect_results
@@ -19,6 +20,7 @@ LAYERS = 8
 def make_config(root, **arms):
     raw = {"run_dir": str(root), "steps": 5, "lora": {"rank": 8, "alpha": 16.0}}
     raw["study"] = {
+        "margin": 0.05,
         "profile": {"objectives": ["grpo"], "steps": 6},
         "allocation": {"min_rank": 2, "max_rank": 16},
         "probe": {"scale_rules": ["constant", "rslora", "alpha_over_r"], "draws": 1},
@@ -30,7 +32,11 @@ def make_config(root, **arms):
 def write_arm(config, arm, correct):
     folder = StudyFiles(config.run_dir).arm(arm)
     (folder / "eval").mkdir(parents=True)
-    records = [{"index": i, "correct": [bool(c)]} for i, c in enumerate(correct)]
+    correct = np.asarray(correct, bool).reshape(len(correct), -1)
+    records = [
+        {"index": i, "correct": row.tolist(), "tokens": [9], "finish_reasons": ["length"]}
+        for i, row in enumerate(correct)
+    ]
     lines = "\n".join(json.dumps(r) for r in records) + "\n"
     (folder / "eval" / "step_000005.jsonl").write_text(lines)
     ranks = {"q_proj": [8] * LAYERS}
@@ -88,25 +94,114 @@ def test_nothing_measured_yet_is_a_result(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("proportional", "head"),
+    ("proportional", "head", "said"),
     [
-        (0.60, "No difference found: no plan is reliably better or worse than uniform ranks."),
-        (0.75, "Yes, here it helps. Against uniform ranks: proportional is +1"),
-        (0.45, "No: no plan beats uniform ranks. Worse: proportional is -1"),
+        (0.60, "No plan beats uniform ranks by 5.0 points", "equivalent"),
+        (0.75, "Yes, here it helps: proportional - uniform is +1", "better"),
+        (0.45, "No plan beats uniform ranks by 5.0 points", "worse"),
     ],
 )
-def test_the_verdict_follows_the_paired_test(tmp_path, proportional, head):
+def test_the_verdict_follows_the_runs(tmp_path, proportional, head, said):
     accuracy = {"uniform": 0.60, "proportional": proportional, "random": 0.60}
     results = collect_results(make_study(tmp_path, accuracy))
-    assert " ".join(results["verdict"]).startswith(head), results["verdict"]
+    assert results["verdict"][0].startswith(head), results["verdict"]
     arm = next(a for a in results["arms"] if a["plan"] == "proportional")
     assert arm["versus"]["difference"] == pytest.approx(
         arm["accuracy"] - results["arms"][0]["accuracy"]
     )
-    # Two comparisons: Holm doubles the smaller p and keeps the larger.
-    p = sorted(a["versus"]["p"] for a in results["arms"][1:])
-    holm = sorted(a["versus"]["p_holm"] for a in results["arms"][1:])
-    assert holm[0] == pytest.approx(min(1, 2 * p[0])) and holm[1] >= p[1]
+    assert arm["versus"]["verdict"] == said and arm["versus"]["family"] == "primary"
+    assert arm["versus"] is results["contrasts"][0]
+    # One primary contrast, unadjusted; one in the second family, so not adjusted either.
+    assert all(c["p_holm"] == c["p"] for c in results["contrasts"])
+    assert all((c["low"] <= 0 <= c["high"]) == (c["p_holm"] > 0.05) for c in results["contrasts"])
+
+
+def moving_study(root, shifts, **arms):
+    """Arms whose seeds move apart: plan -> shift of each seed, in items of 200."""
+    config = make_config(root, seeds=list(range(len(shifts["uniform"]))), **arms)
+    for arm in list_arms(config):
+        right = 120 + shifts[arm.plan][arm.seed]
+        write_arm(config, arm, np.arange(ITEMS) < right)
+    return config
+
+
+def test_runs_that_move_leave_it_open(tmp_path):
+    """README's case: the items alone say p = 0.0003, another run of the same arm says otherwise."""
+    shifts = {"uniform": [0, 6], "proportional": [-10, 2], "random": [4, -5]}
+    results = collect_results(moving_study(tmp_path, shifts))
+    versus = results["contrasts"][0]
+    assert versus["fixed_models"]["p"] < 0.01 and versus["p"] > 0.05
+    assert versus["verdict"] == "open" and results["verdict"][0].startswith("Open:")
+    assert results["residual"]["df"] == 2 and results["residual"]["sd"] > 0.01
+    np.testing.assert_allclose(versus["per_seed"], [-0.05, -0.02])
+    assert "80 % power" in results["verdict"][-1]
+
+
+def test_no_is_not_said_while_one_plan_may_be_better(tmp_path):
+    """One arm surely worse, one whose interval reaches beyond the margin."""
+    shifts = {"uniform": [0, 4, 2], "proportional": [-40, -36, -38], "random": [13, 6, 6]}
+    results = collect_results(moving_study(tmp_path, shifts))
+    verdicts = {c["name"]: c["verdict"] for c in results["contrasts"]}
+    assert verdicts == {"proportional - uniform": "worse", "random - uniform": "open"}
+    assert results["contrasts"][1]["high"] > results["contrasts"][1]["margin"]
+    assert results["verdict"][0].startswith("Open:")
+
+
+def test_one_seed_gives_no_p(tmp_path):
+    shifts = {"uniform": [0], "proportional": [-40], "random": [0]}
+    results = collect_results(moving_study(tmp_path, shifts))
+    assert results["residual"] is None and results["minimum_detectable_effect"] is None
+    assert (
+        {c["p"] for c in results["contrasts"]} == {c["low"] for c in results["contrasts"]} == {None}
+    )
+    assert len(results["verdict"]) == 1 and "nothing is tested" in results["verdict"][0]
+
+
+def test_several_samples_a_problem_are_reported(tmp_path):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig(samples=4, temperature=1.0))
+    rng = np.random.default_rng(3)
+    for arm in list_arms(config):
+        write_arm(config, arm, rng.random((ITEMS, 4)) < 0.6)
+    results = collect_results(config)
+    versus = results["contrasts"][0]
+    assert 0 <= versus["fixed_models"]["p"] <= 1 and 0 <= versus["p"] <= 1
+    assert results["arms"][0]["measures"][0]["decoding"] == "sampled"
+    assert results["arms"][0]["per_seed"] == results["arms"][0]["measures"][0]["per_seed"]
+
+
+def test_a_family_is_as_large_as_it_was_planned(tmp_path):
+    """An arm that has not finished counts in Holm's correction: looking early gains nothing."""
+    shifts = {p: [0, 4, 3] for p in ("uniform", "proportional", "random")}
+    shifts["inverse"] = [-9, -2, -8]
+    plans = ["uniform", "proportional", "inverse", "random"]
+    config = moving_study(tmp_path, shifts, plans=plans)
+    whole = {c["name"]: c for c in collect_results(config)["contrasts"]}
+    for arm in list_arms(config):
+        if arm.plan == "random":
+            (StudyFiles(config.run_dir).arm(arm) / "summary.json").unlink()
+    early = {c["name"]: c for c in collect_results(config)["contrasts"]}
+    assert set(early) == {"proportional - uniform", "inverse - uniform"}
+    for found in (whole, early):
+        c = found["inverse - uniform"]
+        assert c["p_holm"] == pytest.approx(2 * c["p"])
+        assert c["confidence"] == pytest.approx(0.975)
+
+
+def test_a_rank_sweep_compares_its_uniform_arms(tmp_path):
+    """Against the widest, and as a slope on log2 of the rank: one point for each doubling."""
+    plans = {"plans": ["uniform"], "mean_ranks": [2, 4, 8], "scale_rules": ["rslora"]}
+    config = make_config(tmp_path, seeds=[0, 1, 2], **plans)
+    for arm in list_arms(config):
+        right = 120 + 2 * int(np.log2(arm.mean_rank)) + [0, 3, 1][arm.seed] + (arm.mean_rank == 4)
+        write_arm(config, arm, np.arange(ITEMS) < right)
+    results = collect_results(config)
+    names = [c["name"] for c in results["contrasts"]]
+    assert names == ["uniform, rank 2 - uniform, rank 8", "uniform, rank 4 - uniform, rank 8"]
+    assert [c["difference"] for c in results["contrasts"]] == pytest.approx([-0.02, -0.005])
+    assert results["rank_trend"]["slope"] == pytest.approx(0.01)
+    assert results["rank_trend"]["low"] < 0.01 < results["rank_trend"]["high"]
+    assert "does accuracy depend on the rank" in results["question"]
+    assert results["verdict"][0].startswith("Accuracy changes by +1.0 points per doubling")
 
 
 def test_a_missing_seed_leaves_its_arm_out(tmp_path):
@@ -192,6 +287,8 @@ def test_scale_rules_agree_at_the_anchor(tmp_path):
         ({"allocation": {"reduced_fraction": 1.0}}, "must lie in (0, 1)"),
         ({"allocation": {"view": "l1"}}, "study.allocation.view"),
         ({"probe": {"draws": 0}}, "at least 1"),
+        ({"margin": 0.0}, "must lie in (0, 1)"),
+        ({"outcome": {"decoding": "sampled"}}, "gives greedy completions"),
     ],
 )
 def test_mistakes_in_a_study_are_told(changes, message):

@@ -88,7 +88,7 @@ def difference_figure(results: dict) -> Figure:
     if detectable is not None:
         legend.append(Key("band", "unseen", f"below ±{100 * detectable:.1f}: too small to detect"))
     if compared:
-        sure = sum(versus["p_holm"] < 0.05 for versus in compared)
+        sure = sum((versus["p_holm"] or 1) < 0.05 for versus in compared)
         seen = (
             f"Paired by item: {sure} of {len(compared)} differences remain below p = 0.05 after "
             "Holm's correction; a true difference inside the shaded band would mostly go unseen."

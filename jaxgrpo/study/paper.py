@@ -1,0 +1,65 @@
+"""The paper's published figures beside a study's own. No jax."""
+
+from __future__ import annotations
+
+from jaxgrpo.config import EMBEDDED
+from jaxgrpo.study.config import StudyConfig, StudyFiles, list_arms
+from jaxgrpo.study.importance import max_min_ratio, shares
+from jaxgrpo.study.norms import layer_norms, read_norms
+from jaxgrpo.study.result_types import ArmResult, PaperRow, Profile
+
+# arXiv 2605.07366, as published; accuracies are of 200 test items and one seed.
+PAPER = {
+    "uniform": 0.745,
+    "proportional": 0.70,
+    "random": 0.675,
+    "reduced": 0.65,
+    "base": 0.66,
+    "max_min_uniform": 2.17,
+    "max_min_proportional": 3.00,
+    "top_share": 0.357,
+    "early_late": 0.962,
+}
+
+
+def paper_rows(
+    config: StudyConfig, files: StudyFiles, arms: list[ArmResult], profiles: list[Profile]
+) -> list[PaperRow]:
+    """The paper's figures beside ours; other models and data are another question, and say so."""
+    same = "" if config.model.path != EMBEDDED else "another model and task: not a replication"
+    rows = []
+    for plan in ("uniform", "proportional", "random", "reduced"):
+        entry = next((a for a in arms if a["plan"] == plan and a["accuracy"] is not None), None)
+        ours = "not measured" if entry is None else f"{entry['accuracy']:.1%}"
+        rows.append(_row(f"accuracy, {plan}", f"{PAPER[plan]:.1%} (n = 200, 1 seed)", ours, same))
+    for plan in ("uniform", "proportional"):
+        ratio = _arm_max_min(config, files, plan)
+        ours = "not measured" if ratio is None else f"{ratio:.2f}"
+        note = "raw L2, over the whole run" if plan == "uniform" else "2.17 x sqrt(40/20) = 3.07"
+        quantity = f"max/min layer share, {plan} run"
+        rows.append(_row(quantity, f"{PAPER[f'max_min_{plan}']:.2f}", ours, note))
+    grpo = next((p["views"].get("l2") for p in profiles if p["objective"] == "grpo"), None)
+    if grpo:
+        top, correlation = grpo["top_share"], grpo["early_late_correlation"]
+        rows.append(
+            _row(
+                "share of the top 30 % of layers",
+                f"{PAPER['top_share']:.1%}",
+                f"{top['value']:.1%} ({top['layers']} layers)",
+                "GRPO profile",
+            )
+        )
+        ours = "not measured" if correlation is None else f"{correlation:.3f}"
+        rows.append(_row("early/late correlation", f"{PAPER['early_late']}", ours, "GRPO profile"))
+    return rows
+
+
+def _row(quantity: str, paper: str, ours: str, note: str) -> PaperRow:
+    return {"quantity": quantity, "paper": paper, "ours": ours, "note": note}
+
+
+def _arm_max_min(config: StudyConfig, files: StudyFiles, plan: str) -> float | None:
+    """max/min layer share of the first seed's run, raw L2, as the paper measured it."""
+    arm = next((a for a in list_arms(config) if a.plan == plan), None)
+    norms = None if arm is None else read_norms(files.arm(arm), "l2")
+    return None if norms is None else float(max_min_ratio(shares(layer_norms(norms))))
