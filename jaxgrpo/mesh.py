@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgrpo.config import ConfigError, MeshConfig
 
-MESH_AXES = ("data", "fsdp", "model")
+MESH_AXES: tuple[str, ...] = ("data", "fsdp", "model")
 
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
@@ -59,6 +60,90 @@ def fold_key(seed: int, step: int, purpose: Purpose) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
 
 
+@dataclass(frozen=True)
+class Device:
+    """What a run's programs are compiled for: one device of its mesh, and how many there are.
+
+    Made with the mesh and carried in `Qwen2Config`, so that what a program does differently on
+    some device is decided by its arguments and by nothing that surrounds it.
+
+    Attributes:
+        platform: "cpu", "gpu" or "tpu".
+        count: devices of the mesh.
+        batch_shards: into how many parts the mesh splits a batch.
+        memory: bytes of one device that a program may use; None: the device does not say.
+    """
+
+    platform: str = "cpu"
+    count: int = 1
+    batch_shards: int = 1
+    memory: int | None = None
+
+    @property
+    def single_gpu(self) -> bool:
+        """One GPU: where kernels of our own run, which know no mesh."""
+        return self.platform == "gpu" and self.count == 1
+
+
+ONE_CPU = Device()
+
+
+def device_of(mesh: Mesh, memory: int | None = None) -> Device:
+    """The device that the mesh is made of.
+
+    Args:
+        memory: what it lets a program use, of devices that are elsewhere; None: they are asked.
+    """
+    own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    if memory is None and own:
+        memory = _memory(own[0])
+    return Device(mesh.devices.flat[0].platform, mesh.size, batch_shards(mesh), memory)
+
+
+def device_here(sizes: Mapping[str, int]) -> Device:
+    """What a mesh of these sizes is made of here, whether or not there are so many devices."""
+    first = jax.local_devices()[0]
+    count, shards = int(np.prod(list(sizes.values()))), sizes["data"] * sizes["fsdp"]
+    return Device(first.platform, count, shards, _memory(first))
+
+
+def _memory(device: Any) -> int | None:
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """axis -> size over so many devices, with one size of -1 filled in.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [config.data, config.fsdp, config.model]
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes:
+        if devices % fixed:
+            raise ConfigError(
+                f"mesh: the fixed axes take {fixed} devices, which does not divide {devices}"
+            )
+        sizes[sizes.index(-1)] = devices // fixed
+    named = dict(zip(MESH_AXES, sizes, strict=True))
+    if int(np.prod(sizes)) != devices:
+        raise ConfigError(
+            f"mesh {named} needs {int(np.prod(sizes))} devices, there are {devices}; leave one "
+            "size at -1 to fit"
+        )
+    return named
+
+
+def planned_sizes(config: MeshConfig) -> dict[str, int]:
+    """The sizes of a run's mesh on the devices here, or, if it does not fit them, as they are set,
+    with 1 for what is left open."""
+    try:
+        return mesh_sizes(config, jax.device_count())
+    except ConfigError:
+        return {axis: max(1, getattr(config, axis)) for axis in MESH_AXES}
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh over `devices` (default: all), with one size of -1 filled in.
 
@@ -66,19 +151,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [config.data, config.fsdp, config.model]
-    fixed = int(np.prod([size for size in sizes if size != -1]))
-    if -1 in sizes:
-        if len(devices) % fixed:
-            raise ConfigError(
-                f"mesh: the fixed axes take {fixed} devices, which does not divide {len(devices)}"
-            )
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if int(np.prod(sizes)) != len(devices):
-        raise ConfigError(
-            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, "
-            f"there are {len(devices)}; leave one size at -1 to fit"
-        )
+    sizes = list(mesh_sizes(config, len(devices)).values())
     # A mesh axis may take a part of a torus' dimension: an 8x8 slice has room for 16x4.
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)

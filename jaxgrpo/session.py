@@ -16,6 +16,7 @@ from jaxgrpo.config import Config, ConfigError, LoraConfig
 from jaxgrpo.mesh import (
     Purpose,
     batch_shards,
+    device_of,
     fold_key,
     keep_compiled_programs,
     make_mesh,
@@ -132,7 +133,8 @@ class OpenModel:
 
     def load(self, console: Console | None = None) -> tuple[Qwen2Config, Tree]:
         """Shapes and weights, sharded; the console shows the progress."""
-        return load_model(self.model_dir, self.model_config.dtype, self.mesh, console)
+        _, base = load_model(self.model_dir, self.model_config.dtype, self.mesh, console)
+        return self.model_config, base
 
 
 def open_model(config: Config) -> OpenModel:
@@ -146,6 +148,7 @@ def open_model(config: Config) -> OpenModel:
     check_divisible(config, mesh)
     model_dir = resolve_model_dir(config.model.path, config.model.revision)
     model_config = read_qwen2_config(model_dir, resolve_dtype(config.model.dtype))
+    model_config = dataclasses.replace(model_config, device=device_of(mesh))
     check_model_axis(model_config, mesh)
     plan, adapter = resolve_plan(config.lora, model_config)
     check_tensor_names(model_dir, model_config)

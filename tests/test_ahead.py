@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxgrpo.ahead.analytic import rollout_flops, train_flops
 from jaxgrpo.ahead.chips import CHIPS, Topology, parse_topology, slice_shapes
 from jaxgrpo.ahead.devices import shapes_of
-from jaxgrpo.ahead.estimate import needed_bytes
+from jaxgrpo.ahead.estimate import Program, needed_bytes
+from jaxgrpo.ahead.flops import rollout_flops, train_hardware_flops
 from jaxgrpo.ahead.hlo import count
 from jaxgrpo.ahead.programs import Lowered
+from jaxgrpo.ahead.report import uncounted_lines
 from jaxgrpo.ahead.suggest import candidates, describe
 from jaxgrpo.config import ConfigError, MeshConfig
 from jaxgrpo.config_files import load_config
@@ -84,6 +85,41 @@ def test_kernels_that_hide_their_operations_are_named():
     )
     assert count(text).kernels == {"mosaic_gpu_v2"}
     assert not count(text.replace("mosaic_gpu_v2", "TopK")).kernels
+
+
+UNKNOWN = """HloModule unknown
+
+%unread (carry: (f32[512,1024])) -> pred[] {
+  %carry = (f32[512,1024]) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+%body (carry: (f32[512,1024])) -> (f32[512,1024]) {
+  %carry = (f32[512,1024]) parameter(0)
+  %x = f32[512,1024]{1,0} get-tuple-element(%carry), index=0
+  %y = f32[512,1024]{1,0} swizzle(%x)
+  %small = f32[8]{0} swizzle(%tiny)
+  %z = f32[512,1024]{1,0} custom-call(%y), custom_call_target="somebody$elses"
+  ROOT %again = (f32[512,1024]) tuple(%z)
+}
+
+ENTRY %main (x: f32[512,1024]) -> f32[512,1024] {
+  %x = f32[512,1024]{1,0} parameter(0)
+  %start = (f32[512,1024]) tuple(%x)
+  %loop = (f32[512,1024]) while(%start), condition=%unread, body=%body
+  ROOT %r = f32[512,1024]{1,0} get-tuple-element(%loop), index=0
+}
+"""
+
+
+def test_what_cannot_be_counted_is_said():
+    """Large instructions of unknown kinds by name, and loops of which no trip count is known."""
+    counts = count(UNKNOWN)
+    assert counts.unbounded_loops == 1
+    assert counts.unknown == {"swizzle": 1, "custom-call to somebody$elses": 1}
+    lines = " ".join(uncounted_lines(Program("train", counts, 0)))
+    assert "swizzle (1 x)" in lines and "1 loops have no trip count" in lines
+    assert not uncounted_lines(Program("train", count(NESTED), 0))
 
 
 def test_collectives_are_counted_by_kind_group_and_size():
@@ -288,7 +324,7 @@ def test_operations_agree_within_five_percent(program, remat):
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     formulas = {
         "rollout": rollout_flops(config, model),
-        "train": train_flops(config, model, plan, remat),
+        "train": train_hardware_flops(config, model, plan, remat),
     }
     counts = count(Lowered(config, model, plan, mesh, remat).compile(program).as_text())
     assert counts.flops == pytest.approx(formulas[program], rel=0.05)

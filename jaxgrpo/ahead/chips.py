@@ -1,7 +1,7 @@
-"""TPU chips and slices: what a chip can hold and do, and which topologies there are.
+"""What devices can hold and do: TPU chips and the slices they come in, and GPUs.
 
-Figures are the vendor's: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and, for one
-axis of the torus, https://jax-ml.github.io/scaling-book/tpus. No jax.
+Figures of TPUs are the vendor's: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and,
+for one axis of the torus, https://jax-ml.github.io/scaling-book/tpus. No jax.
 """
 
 from __future__ import annotations
@@ -109,3 +109,23 @@ def slice_shapes(chip: Chip) -> list[tuple[int, ...]]:
 def smallest_topology(chip: Chip, chips: int) -> Topology | None:
     """The smallest slice of at least so many chips, or None."""
     return next((Topology(chip, s) for s in slice_shapes(chip) if math.prod(s) >= chips), None)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a GPU can do, as measured on it.
+
+    Attributes:
+        bandwidth: bytes read and written per second, by a large copy.
+        flops: bfloat16 operations per second, by a large matrix product on random data.
+    """
+
+    bandwidth: float
+    flops: float
+
+
+CARDS = {
+    "NVIDIA H200": Card(bandwidth=4.3e12, flops=790e12),
+    "NVIDIA H100 80GB HBM3": Card(bandwidth=3.0e12, flops=780e12),
+}
+"""Known GPUs by `device_kind`; for others there is no least time to compare with."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 
 from jaxgrpo.ahead.chips import GIB, LINK_SECONDS, Chip
 from jaxgrpo.ahead.hlo import Counts, count
-from jaxgrpo.ahead.programs import PROGRAMS, Lowered, bytes_per_device, tokens_per_device
+from jaxgrpo.ahead.memory import BATCH, FROZEN, SAMPLER, STATE, WORKING, Memory, foretell
+from jaxgrpo.ahead.programs import PROGRAMS, Lowered, bytes_per_device
+from jaxgrpo.ahead.shapes import remat_of_run
 from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.mesh import device_of
 from jaxgrpo.model.api import Qwen2Config, resharded_bytes
-from jaxgrpo.model.remat import remat_that_fits
 from jaxgrpo.rank_plan import RankPlan
 
 
@@ -45,6 +47,7 @@ class Estimate:
         memory: kind -> bytes per device; not all of them are held at once.
         phases: program -> bytes per device while it runs; of one that the compiler refused, what it
             says that it needs.
+        foretold: the same by formula.
         quick: compiled with less effort than a run would be (`QUICK_OPTIONS`).
         resharded: bytes that each device receives when the sampler's weights are laid out.
     """
@@ -57,6 +60,7 @@ class Estimate:
     programs: dict[str, Program]
     memory: dict[str, int]
     phases: dict[str, int]
+    foretold: Memory
     limit: int | None
     resharded: int
     quick: bool = False
@@ -106,8 +110,8 @@ def estimate(
         chip: what the mesh's devices are; None: whatever is here, without a roofline.
         quick: compile in a third of the time, with `QUICK_OPTIONS`.
     """
-    limit = local_memory(mesh) if chip is None else chip.hbm_bytes
-    remat = resolve_remat(config, model, mesh, limit)
+    model = replace(model, device=device_of(mesh, None if chip is None else chip.hbm_bytes))
+    limit, remat = model.device.memory, remat_of_run(config, model)
     lowered = Lowered(config, model, plan, mesh, remat, quick)
     programs: dict[str, Program] = {}
     refused: dict[str, int] = {}
@@ -135,23 +139,11 @@ def estimate(
         programs=programs,
         memory=memory,
         phases=phases,
+        foretold=foretell(config, model, plan, mesh.shape, remat),
         limit=limit,
         resharded=resharded_bytes(model, mesh),
         quick=quick,
     )
-
-
-def local_memory(mesh: Mesh) -> int | None:
-    """What a device of this machine lets a program use, if it says so."""
-    stats = mesh.devices.flat[0].memory_stats()
-    return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
-
-
-def resolve_remat(config: Config, model: Qwen2Config, mesh: Mesh, limit: int | None) -> str:
-    """What model.remat comes to on devices of `limit` bytes."""
-    if config.model.remat != "auto":
-        return config.model.remat
-    return remat_that_fits(model, tokens_per_device(config, mesh), limit or 0)
 
 
 def _measure(name: str, compiled: Any, devices: int, chip: Chip | None) -> Program:
@@ -196,24 +188,19 @@ def _memory(
 ) -> tuple[dict[str, int], dict[str, int]]:
     arguments = lowered.arguments
     frozen, state = bytes_per_device(arguments.base), bytes_per_device(arguments.state)
-    memory = {"frozen weights": frozen, "adapters and optimizer": state}
+    memory = {FROZEN: frozen, STATE: state}
     held = frozen + state
     phases = {name: held + size for name, size in refused.items()}
     sampler = 0
     if lowered.sampler is not None:
         sampler = bytes_per_device(lowered.sampler) - lowered.shared_bytes()
-        memory["sampler's weights"] = sampler
-    names = {
-        "merge": "merge: working memory",
-        "rollout": "rollout: caches and working memory",
-        "train": "train: activations and working memory",
-    }
+        memory[SAMPLER] = sampler
     for name, program in programs.items():
-        memory[names[name]] = program.working
+        memory[WORKING[name]] = program.working
         phases[name] = held + program.working + (sampler if name != "train" else 0)
         if name == "train":
             batch = bytes_per_device(arguments.batch)
-            memory["train: batch"] = batch
+            memory[BATCH] = batch
             phases[name] += batch
     return memory, phases
 

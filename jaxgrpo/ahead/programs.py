@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgrpo.ahead.analytic import prompt_slots
+from jaxgrpo.ahead.shapes import row_slots
 from jaxgrpo.config import Config
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import init_train_state, make_train_step
@@ -91,7 +91,7 @@ def describe_arguments(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     prompts, count = config.grpo.prompts_per_step, config.grpo.rows_per_step
-    prompt, width = prompt_slots(config), config.rollout.max_completion_tokens
+    prompt, width = row_slots(config)
     shapes = describe_packing(config, batch_shards(mesh))
     packing = None
     if shapes is not None:
@@ -124,7 +124,7 @@ def describe_arguments(
 def describe_packing(config: Config, shards: int) -> dict[str, tuple[int, int]] | None:
     """Shapes of full bins; None where whole groups do not divide over them (`pack_rows`)."""
     prompts, count = config.grpo.prompts_per_step, config.grpo.rows_per_step
-    prompt, width = prompt_slots(config), config.rollout.max_completion_tokens
+    prompt, width = row_slots(config)
     bins = config.grpo.micro_batches * shards
     if prompts % bins:
         return None
@@ -216,15 +216,6 @@ class Lowered:
         if self.sampler is None or self._mesh.shape["fsdp"] > 1:
             return 0
         return bytes_per_device([x for name, x in self.sampler.items() if name != "layers"])
-
-
-def tokens_per_device(config: Config, mesh: Mesh) -> int:
-    """Tokens of a micro-batch that a device computes on."""
-    packing = describe_packing(config, batch_shards(mesh))
-    if packing is not None:
-        return packing["tokens"][1]
-    rows = config.grpo.rows_per_step // config.grpo.micro_batches // batch_shards(mesh)
-    return rows * (prompt_slots(config) + config.rollout.max_completion_tokens)
 
 
 def bytes_per_device(tree: Any) -> int:

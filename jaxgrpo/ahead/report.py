@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from rich.console import Console
 from rich.table import Table
 
-from jaxgrpo.ahead.analytic import rollout_flops, train_flops
 from jaxgrpo.ahead.chips import GIB, Chip
 from jaxgrpo.ahead.estimate import Estimate, Program
+from jaxgrpo.ahead.flops import rollout_flops, train_hardware_flops
+from jaxgrpo.ahead.memory import foretell
+from jaxgrpo.ahead.shapes import remat_of_run
+from jaxgrpo.config import Config
+from jaxgrpo.mesh import device_here, planned_sizes
+from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.rank_plan import RankPlan
 
 
@@ -25,11 +32,8 @@ def print_estimate(
     console.print(_memory_table(found))
     console.print(_program_table(found, plan))
     for name, program in found.programs.items():
-        for line in collective_lines(program):
-            console.print(f"{name}: {line}", highlight=False)
-        if program.counts.kernels:
-            kernels = ", ".join(sorted(program.counts.kernels))
-            console.print(f"{name}: its TFLOP are without those of {kernels}", highlight=False)
+        for line in (*collective_lines(program), *uncounted_lines(program)):
+            console.print(f"{name}: {line}", highlight=False, soft_wrap=True)
     if found.resharded:
         console.print(
             f"weights laid out for sampling: each device receives {found.resharded / GIB:.2f} GiB "
@@ -54,16 +58,46 @@ def print_estimate(
         )
 
 
-def _memory_table(found: Estimate) -> Table:
-    table = Table(title="memory per device", title_justify="left", box=None, pad_edge=False)
+def print_foretold(config: Config, model: Qwen2Config, plan: RankPlan, console: Console) -> None:
+    """Memory and operations by formula, on devices like those here."""
+    sizes = planned_sizes(config.mesh)
+    model = dataclasses.replace(model, device=device_here(sizes))
+    remat = remat_of_run(config, model)
+    memory = foretell(config, model, plan, sizes, remat)
+    title = f"memory of each {model.device.platform} by formula, mesh {sizes}, remat {remat}"
+    console.print(title, highlight=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("what")
-    table.add_column("GiB", justify="right")
+    table.add_column("MiB", justify="right")
+    parts = {"": memory.held, **memory.parts}
+    for name, part in parts.items():
+        for kind, size in part.items():
+            table.add_row(f"{name}: {kind}" if name else kind, f"{size / 2**20:,.1f}")
+    for name, size in memory.phases.items():
+        table.add_row(f"all while {name} runs", f"{size / 2**20:,.1f}")
+    table.add_row("peak", f"{memory.peak / 2**20:,.1f}")
+    console.print(table)
+    operations = {
+        "rollout": rollout_flops(config, model),
+        "train": train_hardware_flops(config, model, plan, remat),
+    }
+    told = ", ".join(f"{name} {flops / 1e12:,.3f}" for name, flops in operations.items())
+    console.print(f"TFLOP of a step, all devices together: {told}", highlight=False)
+
+
+def _memory_table(found: Estimate) -> Table:
+    table = Table(title="memory per device, GiB", title_justify="left", box=None, pad_edge=False)
+    table.add_column("what")
+    table.add_column("compiled", justify="right")
+    table.add_column("by formula", justify="right")
+    formula = found.foretold.by_kind()
     for kind, size in found.memory.items():
-        table.add_row(kind, f"{size / GIB:.3f}")
+        table.add_row(kind, f"{size / GIB:.3f}", f"{formula[kind] / GIB:.3f}")
     for name, size in found.phases.items():
-        table.add_row(f"all while {name} runs", f"{size / GIB:.3f}")
+        foretold = found.foretold.phases[name]
+        table.add_row(f"all while {name} runs", f"{size / GIB:.3f}", f"{foretold / GIB:.3f}")
     if found.limit is not None:
-        table.add_row("there is", f"{found.limit / GIB:.3f}")
+        table.add_row("there is", f"{found.limit / GIB:.3f}", "")
     return table
 
 
@@ -73,7 +107,7 @@ def _program_table(found: Estimate, plan: RankPlan) -> Table:
         table.add_column(heading, justify="left" if heading == "program" else "right")
     formulas = {
         "rollout": rollout_flops(found.config, found.model),
-        "train": train_flops(found.config, found.model, plan, found.remat),
+        "train": train_hardware_flops(found.config, found.model, plan, found.remat),
     }
     for name, program in found.programs.items():
         formula = formulas.get(name)
@@ -95,3 +129,19 @@ def collective_lines(program: Program) -> list[str]:
         for (kind, size), found in sorted(program.counts.collectives.items())
         if size > 1
     ]
+
+
+def uncounted_lines(program: Program) -> list[str]:
+    """What the figures of a program are without."""
+    counts, lines = program.counts, []
+    if counts.kernels:
+        lines.append(f"its TFLOP are without those of {', '.join(sorted(counts.kernels))}")
+    if counts.unbounded_loops:
+        lines.append(
+            f"{counts.unbounded_loops} loops have no trip count that can be read; what they do is "
+            "counted once"
+        )
+    if counts.unknown:
+        found = ", ".join(f"{name} ({times:,.0f} x)" for name, times in counts.unknown.items())
+        lines.append(f"of what is not known here, only operands and results are counted: {found}")
+    return lines

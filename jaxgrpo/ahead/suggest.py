@@ -7,13 +7,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
-from jaxgrpo.ahead.analytic import prompt_slots
 from jaxgrpo.ahead.chips import Topology, slice_shapes
 from jaxgrpo.ahead.estimate import Estimate
+from jaxgrpo.ahead.memory import foretell
 from jaxgrpo.ahead.programs import replace_mesh
+from jaxgrpo.ahead.shapes import remat_of_run
 from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.mesh import Device
 from jaxgrpo.model.api import Qwen2Config
-from jaxgrpo.model.remat import kept_bytes_per_token, remat_that_fits
 from jaxgrpo.rank_plan import RankPlan
 
 MAX_TRIES = 4
@@ -54,7 +55,7 @@ def candidates(
                     continue
                 if not _divides(changed):
                     continue
-                if needed(changed, model, plan) <= 0.9 * topology.chip.hbm_bytes:
+                if needed(changed, model, plan, where) <= 0.9 * topology.chip.hbm_bytes:
                     found.append((mesh_cost + batch_cost, len(found), changed))
         for _, _, changed in sorted(found, key=lambda one: one[:2]):
             yield changed, where
@@ -102,30 +103,13 @@ def _divides(config: Config) -> bool:
     return all(count % shards == 0 for count in counts)
 
 
-def needed(config: Config, model: Qwen2Config, plan: RankPlan) -> float:
-    """Bytes per device by formula: the larger of sampling and training."""
-    mesh, size = config.mesh, model.compute_dtype.itemsize
-    shards = mesh.data * mesh.fsdp
-    frozen = model.num_parameters * size / (mesh.fsdp * mesh.model)
-    width = sum(sum(model.module_shapes[module]) for module in plan.modules)
-    state = 3 * 4 * plan.layers * plan.max_rank * width / max(1, min(mesh.fsdp, mesh.model))
-    tables = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    own = model.num_parameters - (0 if mesh.fsdp > 1 else tables)
-    prompt, completion = prompt_slots(config), config.rollout.max_completion_tokens
-    prompts, rows = config.grpo.prompts_per_step, config.grpo.rows_per_step
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
-    caches = (prompts * prompt + rows * completion) / shards * per_token
-    scores = 3 * 4 * rows / shards * model.vocab_size / mesh.model
-    sampling = own * size / mesh.model + caches + scores
-    tokens = max(1, rows // config.grpo.micro_batches // shards) * (prompt + completion)
-    kept = kept_bytes_per_token(model)
-    if remat_that_fits(model, tokens, 0) == "full":
-        kept = model.num_layers * model.hidden_size * size
-    heads = model.num_heads / mesh.model * (prompt + completion) * 4 * 3
-    inside = (4 * model.hidden_size + 4 * model.intermediate_size / mesh.model) * size
-    chunk = 3 * config.grpo.logprob_chunk_tokens * model.vocab_size * 4 / mesh.model
-    training = tokens * (kept + inside + heads) + chunk + state / 3
-    return frozen + state + max(sampling, training)
+def needed(config: Config, model: Qwen2Config, plan: RankPlan, topology: Topology) -> int:
+    """Bytes per chip by formula: the most that any phase holds."""
+    mesh = config.mesh
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "model": mesh.model}
+    device = Device("tpu", topology.chips, mesh.data * mesh.fsdp, topology.chip.hbm_bytes)
+    model = dataclasses.replace(model, device=device)
+    return foretell(config, model, plan, sizes, remat_of_run(config, model)).peak
 
 
 def describe(old: Config, new: Config, before: Topology, after: Topology) -> list[str]:

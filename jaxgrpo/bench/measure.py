@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrpo.bench.floor import DEVICES, decode_seconds, train_flops
+from jaxgrpo.ahead.chips import CARDS
+from jaxgrpo.ahead.flops import decode_seconds, train_model_flops
 from jaxgrpo.bench.kernels import profile_kernels
 from jaxgrpo.bench.settings import SIGMA, BenchConfig
-from jaxgrpo.config import EMBEDDED, check_choice
+from jaxgrpo.config import EMBEDDED, MeshConfig, check_choice
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import (
     TrainStep,
@@ -31,7 +32,7 @@ from jaxgrpo.grpo.step import (
     make_train_step,
 )
 from jaxgrpo.iteration import bin_sizes
-from jaxgrpo.mesh import gpu_options, keep_compiled_programs, to_host
+from jaxgrpo.mesh import device_of, gpu_options, keep_compiled_programs, make_mesh, to_host
 from jaxgrpo.model.api import (
     PRESETS,
     Qwen2Config,
@@ -85,6 +86,8 @@ def bench_model(config: BenchConfig) -> Qwen2Config:
     else:
         check_choice(bench.preset, [EMBEDDED, *PRESETS], "bench.preset")
         model = replace(PRESETS[bench.preset], dtype=dtype)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    model = replace(model, device=device_of(mesh))
     return model if bench.num_layers is None else replace(model, num_layers=bench.num_layers)
 
 
@@ -126,10 +129,10 @@ class Bench:
             "rollout_tokens_per_s": int(self.lengths.sum()) / seconds,
             "token_step_ms": 1e3 * seconds / width,
         }
-        device = DEVICES.get(jax.devices()[0].device_kind)
-        if device is not None and self.config.bench.lengths == "equal":
+        card = CARDS.get(jax.devices()[0].device_kind)
+        if card is not None and self.config.bench.lengths == "equal":
             group = self.config.grpo.group_size
-            floor = decode_seconds(self.model, device, prompts, group, length, width)
+            floor = decode_seconds(self.model, card, prompts, group, length, width)
             found["decode_share_of_floor"] = floor / seconds
         return found | self._memory() | self._kernels(lambda: self.sample(self.lora))
 
@@ -141,12 +144,12 @@ class Bench:
         prompt_tokens = self.config.grpo.rows_per_step * self.config.bench.prompt_tokens
         scored = int(self.lengths.sum())
         # Counted as if every row ran its prompt: the work that any trainer of whole rows does.
-        flops = train_flops(self.model, prompt_tokens + scored, scored)
+        flops = train_model_flops(self.model, prompt_tokens + scored, scored)
         computed = self.config.grpo.rows_per_step * batch.tokens.shape[1]
         if batch.packing is not None:
             computed = int(np.prod(batch.packing.tokens.shape))
         shared = prompt_tokens // self.config.grpo.group_size
-        own = train_flops(self.model, shared + scored, scored)
+        own = train_model_flops(self.model, shared + scored, scored)
         found = {
             "train_s": seconds,
             "first_train_s": first,

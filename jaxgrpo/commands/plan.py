@@ -143,8 +143,8 @@ def draw_picture(plan: RankPlan, path: Path) -> None:
 
 
 def dry_run(config: Config, console: Console) -> int:
-    """Settings, plan, parameters and memory; nothing is loaded or written."""
-    from jaxgrpo.memory_estimate import estimate_memory
+    """Settings, plan, parameters, memory and operations; nothing is loaded or written."""
+    from jaxgrpo.ahead.report import print_foretold
 
     model, plan = open_plan(config)
     console.print(dump_config(config), highlight=False, markup=False, end="")
@@ -152,12 +152,7 @@ def dry_run(config: Config, console: Console) -> int:
     print_plan(plan, model, console)
     if isinstance(config, StudyConfig):
         print_arms(config, console)
-    table = Table(title="memory, estimated", title_justify="left", box=None, pad_edge=False)
-    table.add_column("what")
-    table.add_column("MiB", justify="right")
-    for name, size in estimate_memory(config, model, plan).items():
-        table.add_row(name, f"{size / 2**20:,.1f}")
-    console.print(table)
+    print_foretold(config, model, plan, console)
     console.print("dry run: nothing was loaded or written")
     return 0
 

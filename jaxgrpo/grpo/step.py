@@ -28,7 +28,7 @@ from jaxgrpo.model.api import (
     completion_logprobs,
     join_adapters,
     lora_logical_axes,
-    resolve_remat,
+    remat_of_batch,
 )
 from jaxgrpo.types import (
     LoraPlan,
@@ -189,7 +189,9 @@ def make_gradients(
         kind = grpo.loss if objective == "grpo" else "dapo"
         weights = token_weights(kind, batch.loss_mask, max_completion_tokens)
         parts = grpo.micro_batches
-        policy = resolve_remat(model_config, remat, batch.tokens, batch.packing, parts)
+        policy = remat_of_batch(
+            model_config, remat, batch.tokens, batch.packing, parts, grpo.logprob_chunk_tokens
+        )
         joined = join_adapters(base, lora, plan, policy)
         loss, (grads, kernel_grads), scored = _accumulate(
             lambda point, part: loss_of(point, base, plan, *part, joined=joined, remat=policy),
@@ -240,10 +242,9 @@ def make_logprobs(
         completion_tokens: Int[Array, "B C"],
         packing: Packing | None = None,
     ) -> Float[Array, "B C"]:
-        policy = resolve_remat(model_config, remat, tokens, packing, micro_batches)
         joined = None
         if lora is not None and plan is not None:
-            joined = join_adapters(base, lora, plan, policy)
+            joined = join_adapters(base, lora, plan, remat)
 
         def score(part: tuple) -> Float[Array, "B C"]:
             *rows, packing = part
@@ -255,7 +256,7 @@ def make_logprobs(
                 *rows,
                 temperature=temperature,
                 chunk_tokens=chunk_tokens,
-                remat=policy,
+                remat=remat,
                 packing=packing,
                 joined=joined,
             )[0]

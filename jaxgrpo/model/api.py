@@ -31,7 +31,7 @@ from jaxgrpo.model.qwen2 import (
     RMSNorm,
     join_adapters,
 )
-from jaxgrpo.model.remat import resolve_remat
+from jaxgrpo.model.remat import remat_of_batch
 from jaxgrpo.model.sampler_layout import join_kernels
 from jaxgrpo.types import LoraPlan, Packing, Tree
 
@@ -53,8 +53,8 @@ __all__ = [
     "lora_logical_axes",
     "make_decode_weights",
     "prefill",
+    "remat_of_batch",
     "resharded_bytes",
-    "resolve_remat",
 ]
 
 
@@ -120,10 +120,10 @@ def hidden_states(
         mask: True on real tokens, needed for left padding only: then it hides padding keys and
             positions count real tokens. Right padding needs none, causality hides it.
         lora, plan: None switches the adapters off: the base model.
+        remat: what the backward pass recomputes, `auto` resolved.
         packing: the same rows packed; then they are computed so.
         joined: `join_adapters` of the same weights, if it was made.
     """
-    remat = resolve_remat(config, remat, tokens, packing)
     if packing is not None:
         assert mask is None, "packed rows have no padding to hide"
         tokens, positions = packing.tokens, packing.positions

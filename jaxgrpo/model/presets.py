@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from jaxgrpo.mesh import ONE_CPU, Device
+
 
 @dataclass(frozen=True)
 class Qwen2Config:
     """Shapes and constants of a Qwen2 model, named as in its config.json.
 
-    `dtype` is what weights are stored and multiplied in: "float32" or "bfloat16".
+    Attributes:
+        dtype: what weights are stored and multiplied in: "float32" or "bfloat16".
+        device: what its programs are compiled for.
     """
 
     vocab_size: int
@@ -24,6 +28,7 @@ class Qwen2Config:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     dtype: str = "float32"
+    device: Device = ONE_CPU
 
     @property
     def head_dim(self) -> int:

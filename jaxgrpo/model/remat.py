@@ -7,16 +7,13 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int
 
-from jaxgrpo.mesh import batch_parts, on_one_device
+from jaxgrpo.mesh import on_one_device
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.types import Packing
 
 PRODUCTS = ("normed", "q", "k", "v", "attended", "residual", "gate_up", "gated", "down")
 """What goes into matrix products and comes out of them, by the names that `qwen2` gives. `down` is
 an adapter's inner value. Inputs are kept too: they exist in memory for the product anyway."""
-
-HEAD_BYTES = 10 * 4096
-"""A chunk of the head per vocabulary entry: scores, their copy, probabilities of 4,096 tokens."""
 
 
 def checkpoint_policy(remat: str) -> Any:
@@ -40,22 +37,6 @@ def fuse_adapters() -> bool:
     return on_one_device() and jax.default_backend() == "gpu"
 
 
-def resolve_remat(
-    config: Qwen2Config,
-    remat: str,
-    tokens: Int[Array, "B T"],
-    packing: Packing | None,
-    micro_batches: int = 1,
-) -> str:
-    """`ModelConfig.remat` with `auto` resolved for these rows in so many parts."""
-    if packing is None:
-        return choose_remat(config, remat, tokens.size // micro_batches)
-    # cuDNN's attention keeps its output row by row.
-    attended = packing.rows.size if jax.default_backend() == "gpu" else 0
-    size = packing.tokens.size
-    return choose_remat(config, remat, size // micro_batches, attended // micro_batches)
-
-
 def unroll_layers(remat: str) -> bool:
     """Whether training writes its layers out one after another.
 
@@ -73,29 +54,55 @@ def kept_bytes_per_token(config: Qwen2Config) -> int:
     return config.num_layers * features * config.compute_dtype.itemsize
 
 
-def choose_remat(config: Qwen2Config, remat: str, tokens: int, attended: int = 0) -> str:
-    """`auto` resolved for a micro-batch of `tokens` tokens, of which attention makes `attended`
-    rows and padding: `products` if that fits, otherwise `full`. Devices that do not tell their
-    memory get `full`."""
-    if remat != "auto":
-        return remat
-    stats = jax.local_devices()[0].memory_stats() or {}
-    parts = batch_parts()
-    return remat_that_fits(config, tokens // parts, stats.get("bytes_limit", 0), attended // parts)
+def head_bytes(config: Qwen2Config, chunk_tokens: int) -> int:
+    """A chunk of the head: scores and probabilities in float32, and those in the weights' dtype."""
+    return chunk_tokens * config.vocab_size * (8 + config.compute_dtype.itemsize)
 
 
-def remat_that_fits(config: Qwen2Config, tokens: int, memory: int, attended: int = 0) -> str:
-    """What `auto` is for so many tokens on one device of `memory` bytes; 0: not known.
+def resolve_remat(
+    config: Qwen2Config, remat: str, *, tokens: int, attended: int, chunk_tokens: int
+) -> str:
+    """`ModelConfig.remat` with `auto` resolved for a micro-batch: `products` if what it keeps fits,
+    otherwise `full`. A device that does not tell its memory gets `full`.
 
     `products` may take half of the memory, and on one GPU, where it was measured, all that is left
     beside weights (frozen, joined with the adapters, and the sampler's), a chunk of the head and a
     reserve.
+
+    Args:
+        tokens: of the micro-batch on each device.
+        attended: what attention makes of packed tokens there, rows with their padding; 0: whole
+            rows are computed.
+        chunk_tokens: `GrpoConfig.logprob_chunk_tokens`.
     """
-    size = config.compute_dtype.itemsize
+    if remat != "auto":
+        return remat
+    memory, size = config.device.memory or 0, config.compute_dtype.itemsize
     kept = tokens * kept_bytes_per_token(config)
-    kept += attended * config.num_layers * config.module_shapes["o_proj"][0] * size
+    if config.device.platform == "gpu":
+        # cuDNN's attention keeps its output row by row.
+        kept += attended * config.num_layers * config.module_shapes["o_proj"][0] * size
     room = 0.5 * memory
-    if fuse_adapters():
-        beside = 3 * config.num_parameters * size + HEAD_BYTES * config.vocab_size
+    if config.device.single_gpu:
+        beside = 3 * config.num_parameters * size + head_bytes(config, chunk_tokens)
         room = max(room, 0.9 * memory - beside)
     return "products" if kept < room else "full"
+
+
+def remat_of_batch(
+    config: Qwen2Config,
+    remat: str,
+    tokens: Int[Array, "B T"],
+    packing: Packing | None,
+    micro_batches: int,
+    chunk_tokens: int,
+) -> str:
+    """`resolve_remat` for the rows of a batch."""
+    parts = micro_batches * config.device.batch_shards
+    return resolve_remat(
+        config,
+        remat,
+        tokens=(tokens if packing is None else packing.tokens).size // parts,
+        attended=0 if packing is None else packing.rows.size // parts,
+        chunk_tokens=chunk_tokens,
+    )

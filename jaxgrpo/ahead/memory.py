@@ -1,0 +1,237 @@
+"""What a run holds in the memory of each device, by formula: for planning, not a promise.
+
+The one place for it: `--dry-run` prints it, `check` holds it against what it compiled, and what
+`check` suggests is chosen by it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+
+from jaxgrpo.ahead.shapes import micro_batch, row_slots
+from jaxgrpo.config import Config
+from jaxgrpo.mesh import AXIS_RULES, ROLLOUT_RULES
+from jaxgrpo.model.api import base_logical_axes, init_base, lora_logical_axes
+from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.remat import head_bytes, kept_bytes_per_token
+from jaxgrpo.rank_plan import RankPlan
+
+FROZEN, STATE, SAMPLER, BATCH = (
+    "frozen weights",
+    "adapters and optimizer",
+    "sampler's weights",
+    "batch",
+)
+WORKING = {
+    "merge": "merge: working memory",
+    "rollout": "rollout: caches and working memory",
+    "train": "train: activations and working memory",
+}
+"""The kinds of memory that are told apart in what was compiled as well."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per device by what they are for.
+
+    Attributes:
+        held: all the time.
+        merge, rollout, train: besides, while the program of that name runs.
+    """
+
+    held: dict[str, int]
+    merge: dict[str, int]
+    rollout: dict[str, int]
+    train: dict[str, int]
+
+    @property
+    def parts(self) -> dict[str, dict[str, int]]:
+        return {"merge": self.merge, "rollout": self.rollout, "train": self.train}
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Program -> all that is held while it runs."""
+        held = sum(self.held.values())
+        return {name: held + sum(part.values()) for name, part in self.parts.items()}
+
+    def by_kind(self) -> dict[str, int]:
+        """Kind -> bytes: what is held, SAMPLER, BATCH and the rest of each program as WORKING."""
+        apart = {SAMPLER: self.merge[SAMPLER], BATCH: self.train[BATCH]}
+        working = {
+            WORKING[name]: sum(size for kind, size in part.items() if kind not in apart)
+            for name, part in self.parts.items()
+        }
+        return self.held | apart | working
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+class Inside(NamedTuple):
+    """What one layer holds at its fullest, as counts of arrays.
+
+    Attributes:
+        embed, mlp: of [tokens, D] and [tokens, F], in the weights' dtype.
+        scores: of attention's [rows, N, T, T], float32, which are not held together with `mlp`.
+    """
+
+    embed: float
+    mlp: float
+    scores: float
+
+    def bytes(self, model: Qwen2Config, tokens: int, squares: int, parts: int) -> int:
+        """Of so many tokens, with so many pairs of query and key in all rows, on one of `parts`
+        devices of the `model` axis."""
+        size = model.compute_dtype.itemsize
+        mlp = self.mlp * tokens * model.intermediate_size * size / parts
+        scores = self.scores * squares * model.num_heads * 4 / parts
+        return int(self.embed * tokens * model.hidden_size * size + max(mlp, scores))
+
+
+PREFILL = Inside(1, 3, 3)
+BACKWARD = {
+    "cpu": {
+        "full": Inside(30, 12, 3.6),
+        "products": Inside(25, 9, 2.8),
+        "none": Inside(25, 9, 2.8),
+    },
+    "gpu": dict.fromkeys(("full", "products", "none"), Inside(4, 3, 0)),
+    "tpu": dict.fromkeys(("full", "products", "none"), Inside(4, 4, 3)),
+}
+"""By platform and policy, found from compiled programs. A GPU's attention is cuDNN's and writes no
+scores; XLA fuses less on a CPU than elsewhere."""
+NONE = Inside(12, 5, 2)
+"""What a layer keeps where nothing is recomputed."""
+
+
+def foretell(
+    config: Config, model: Qwen2Config, plan: RankPlan, sizes: Mapping[str, int], remat: str
+) -> Memory:
+    """Bytes per device in the run's largest step.
+
+    Args:
+        sizes: the mesh's (`mesh.shape`); `model.device` is what it is made of.
+        remat: resolved (`remat_of_run`).
+    """
+    prompts, rows = config.grpo.prompts_per_step, config.grpo.rows_per_step
+    (prompt, width), shards = row_slots(config), sizes["data"] * sizes["fsdp"]
+    size = model.compute_dtype.itemsize
+    adapters = sum(_held(x, 4, sizes, AXIS_RULES) for x in _adapter_leaves(model, plan))
+    layers = sum(_held(x, size, sizes, ROLLOUT_RULES) for x in _layer_leaves(model))
+    tables = [_held(x, size, sizes, ROLLOUT_RULES) for x in _table_leaves(model)]
+    # Where training's tables are split over fsdp, the sampler has its own.
+    sampler = layers + (sum(tables) if sizes["fsdp"] > 1 else 0)
+    own = {SAMPLER: sampler}
+    batch, parts = micro_batch(config, shards), sizes["model"]
+    squares = batch.rows * (prompt + width) ** 2
+    backward = BACKWARD[model.device.platform][remat]
+    chunk = min(config.grpo.logprob_chunk_tokens, batch.scored)
+    train = {
+        "activations kept": kept_bytes(model, batch.tokens, squares, parts, remat),
+        # One after the other.
+        "a layer, or a chunk of the head": max(
+            backward.bytes(model, batch.tokens, squares, parts), head_bytes(model, chunk) // parts
+        ),
+        "gradient": 2 * adapters,
+        BATCH: rows // shards * (7 * prompt + 12 * width) * 4,
+    }
+    if model.device.single_gpu:
+        train["frozen weights with adapters inside"] = layers + adapters * size // 4
+    if config.weight_grad_norms:
+        shapes = (model.module_shapes[module] for module in plan.modules)
+        train["gradient by the frozen weights"] = (
+            4 * model.num_layers * sum(i * o for i, o in shapes) // sizes["fsdp"] // sizes["model"]
+        )
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
+    return Memory(
+        held={
+            FROZEN: sum(
+                _held(x, size, sizes, AXIS_RULES)
+                for x in (*_layer_leaves(model), *_table_leaves(model))
+            ),
+            # The adapters and two moments of Adam.
+            STATE: 3 * adapters,
+        },
+        merge=own | {"merged, before they are cut into layers": layers},
+        rollout=own
+        | {
+            "key-value cache": (prompts * prompt + rows * width) // shards * per_token,
+            # One after the other.
+            "prefill, or scores of a token": max(
+                PREFILL.bytes(
+                    model, prompts // shards * prompt, prompts // shards * prompt**2, parts
+                ),
+                3 * 4 * rows // shards * model.vocab_size // parts,
+            ),
+        },
+        train=train,
+    )
+
+
+def kept_bytes(model: Qwen2Config, tokens: int, squares: int, parts: int, remat: str) -> int:
+    """What a micro-batch's forward pass keeps for its backward pass (see `Inside.bytes`)."""
+    if remat == "products":
+        return tokens * kept_bytes_per_token(model)
+    if remat == "full":  # of a layer its input alone
+        size = model.compute_dtype.itemsize
+        return tokens * model.num_layers * model.hidden_size * size
+    return model.num_layers * (
+        NONE._replace(scores=0).bytes(model, tokens, squares, parts)
+        + NONE._replace(embed=0, mlp=0).bytes(model, tokens, squares, parts)
+    )
+
+
+Leaf = tuple[tuple[int, ...], tuple[str, ...]]
+"""Shape and logical axes of an array."""
+
+
+def _held(leaf: Leaf, itemsize: int, sizes: Mapping[str, int], rules: dict) -> int:
+    """Bytes of an array that each device of the mesh has."""
+
+    def part(dimension: int, name: str) -> int:
+        axes = rules[name] or ()
+        axes = (axes,) if isinstance(axes, str) else axes
+        return -(-dimension // math.prod(sizes[axis] for axis in axes))
+
+    return itemsize * math.prod(map(part, *leaf))
+
+
+@functools.cache
+def _base_leaves(model: Qwen2Config) -> dict[str, list[Leaf]]:
+    shapes = jax.eval_shape(lambda: init_base(model, jax.random.key(0)))
+    found: dict[str, list[Leaf]] = {}
+    axes = base_logical_axes(model)
+    for name, tree in shapes.items():
+        paired = jax.tree.map(
+            lambda names, x: (x.shape, names),
+            axes[name],
+            tree,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+        found[name] = jax.tree.leaves(paired, is_leaf=lambda x: isinstance(x, tuple))
+    return found
+
+
+def _layer_leaves(model: Qwen2Config) -> list[Leaf]:
+    return _base_leaves(model)["layers"]
+
+
+def _table_leaves(model: Qwen2Config) -> list[Leaf]:
+    """Embedding, head and the last norm."""
+    return [x for name, leaves in _base_leaves(model).items() if name != "layers" for x in leaves]
+
+
+def _adapter_leaves(model: Qwen2Config, plan: RankPlan) -> list[Leaf]:
+    axes, found = lora_logical_axes(plan.modules), []
+    for module in plan.modules:
+        ins, outs = model.module_shapes[module]
+        found.append(((plan.layers, ins, plan.max_rank), axes[module]["a"]))
+        found.append(((plan.layers, plan.max_rank, outs), axes[module]["b"]))
+    return found

@@ -1,0 +1,103 @@
+"""What is foretold of a run's memory and of `model.remat`, by formula alone."""
+
+import dataclasses
+
+import pytest
+
+from jaxgrpo.ahead.memory import foretell
+from jaxgrpo.ahead.shapes import remat_of_run
+from jaxgrpo.config_files import load_config
+from jaxgrpo.mesh import Device
+from jaxgrpo.model.presets import PRESETS
+from jaxgrpo.model.remat import kept_bytes_per_token
+from jaxgrpo.rank_plan import make_rank_plan
+from jaxgrpo.run import EMBEDDED_CONFIG
+
+REFERENCE = (
+    "data.max_prompt_tokens=128 data.prompt_bucket_tokens=128 rollout.max_completion_tokens=256 "
+    "grpo.prompts_per_step=32 grpo.group_size=8 grpo.logprob_chunk_tokens=4096 lora.rank=16"
+)
+ONE = {"data": 1, "fsdp": 1, "model": 1}
+H200 = Device("gpu", memory=int(0.75 * 141e9))
+
+
+def reference(*words, device=H200):
+    config = load_config([EMBEDDED_CONFIG], [*REFERENCE.split(), *words])
+    return config, dataclasses.replace(PRESETS["qwen2.5-1.5b"], dtype="bfloat16", device=device)
+
+
+def memory(*words, device=H200, sizes=ONE):
+    config, model = reference(*words, device=device)
+    plan = make_rank_plan(config.lora, model.num_layers)
+    return foretell(config, model, plan, sizes, remat_of_run(config, model))
+
+
+def test_the_reference_step_takes_what_an_h200_was_seen_to_hold():
+    """46.2 GiB at `python -m jaxgrpo.run bench step` (docs/performance.md)."""
+    found = memory("grpo.micro_batches=4", "model.remat=products")
+    assert found.peak / 2**30 == pytest.approx(46.2, rel=0.1)
+
+
+def test_where_groups_cannot_stay_together_every_row_has_its_prompt():
+    apart, together = (
+        memory(f"grpo.micro_batches={parts}", "model.remat=full").train["activations kept"]
+        for parts in (64, 32)
+    )
+    rows = {64: 4 * (128 + 256), 32: 128 + 8 * 256}
+    assert apart / together == pytest.approx(rows[64] / rows[32])
+
+
+def test_a_policy_that_keeps_less_is_foretold_to_need_less():
+    found = [
+        memory(f"model.remat={policy}", device=Device("tpu")).peak
+        for policy in ("none", "products", "full")
+    ]
+    assert found == sorted(found, reverse=True) and len(set(found)) == 3
+
+
+def test_more_devices_hold_less_each():
+    """Keys' and values' projections, 2 % of the weights, are not split over `model`."""
+    shapes = [ONE, {"data": 4, "fsdp": 1, "model": 1}, {"data": 2, "fsdp": 2, "model": 2}]
+    found = [
+        memory(
+            "grpo.micro_batches=2",
+            "model.remat=full",
+            device=Device("tpu", data * fsdp * model, data * fsdp),
+            sizes=sizes,
+        )
+        for sizes in shapes
+        for data, fsdp, model in [sizes.values()]
+    ]
+    whole, rows_split, all_split = found
+    assert rows_split.held == whole.held
+    assert rows_split.rollout["key-value cache"] * 4 == whole.rollout["key-value cache"]
+    assert all_split.held["frozen weights"] == pytest.approx(
+        whole.held["frozen weights"] / 4, rel=0.02
+    )
+
+
+def remat(device, *words):
+    config, model = reference(*words, device=device)
+    return remat_of_run(config, model)
+
+
+def test_auto_depends_on_the_tokens_of_one_device():
+    """What eight devices share is an eighth for each, whoever asks and in whatever surroundings."""
+    eighth = Device("tpu", 8, 8, memory=int(16e9))
+    assert remat(dataclasses.replace(eighth, batch_shards=1)) == "full"
+    assert remat(eighth) == "products"
+    assert remat(eighth, "model.remat=full") == "full"
+
+
+def test_a_device_that_does_not_tell_its_memory_recomputes():
+    assert remat(Device("cpu")) == "full"
+
+
+def test_on_one_gpu_products_may_take_what_the_rest_leaves():
+    _, model = reference("grpo.micro_batches=4")
+    kept = 8 * (128 + 8 * 256) * kept_bytes_per_token(model)
+    half = Device("gpu", memory=int(1.8 * kept))
+    assert remat(half, "grpo.micro_batches=4") == "products"
+    # Two GPUs would have to leave half of it, and larger chunks of the head take their part.
+    assert remat(dataclasses.replace(half, count=2), "grpo.micro_batches=4") == "full"
+    assert remat(half, "grpo.micro_batches=4", "grpo.logprob_chunk_tokens=16384") == "full"
