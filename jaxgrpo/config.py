@@ -125,7 +125,7 @@ class DataConfig:
     max_prompt_tokens: int = 256
     """Longer prompts are dropped, counted and reported."""
     prompt_bucket_tokens: int = 64
-    """Prompts are left-padded to the next multiple of this; one compilation per bucket in use."""
+    """Prompts are left-padded to the next multiple of this that holds the split's longest."""
     embedded_problems: int = 4096
     """How many training problems the embedded generator makes."""
 
@@ -195,7 +195,8 @@ class GrpoConfig:
     """How trainer/sampler log-prob differences are corrected for."""
     importance_cap: float = 3.0
     micro_batches: int = 1
-    """The step's rows are split into this many parts, scanned one after another."""
+    """A step whose completions all reach the cap is computed in about this many parts, one after
+    another; a shorter one takes fewer of the same size."""
     logprob_chunk_tokens: int = 1024
     """Logits are made for this many tokens of each device's rows at a time; the head's table is
     read once for each of these chunks."""

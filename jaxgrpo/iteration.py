@@ -11,17 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from jaxgrpo.config import GrpoConfig, Objective
 from jaxgrpo.evaluate import score_completions
 from jaxgrpo.grpo.advantages import compute_advantages, reward_metrics
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import make_logprobs, make_train_step
-from jaxgrpo.mesh import Purpose, batch_shards, fold_key, shard_rows, to_host
+from jaxgrpo.mesh import Purpose, batch_shards, fold_key, replicate, shard_rows, to_host
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.model.pack_rows import pack_rows
 from jaxgrpo.processes import gather_parts, own_part
 from jaxgrpo.session import Session
-from jaxgrpo.tasks.data import train_rows
 from jaxgrpo.tasks.texts import completion_texts, gold_completions
 from jaxgrpo.types import (
     FINISH_LENGTH,
@@ -68,7 +69,6 @@ def make_programs(session: Session) -> Programs:
             config.rollout.temperature,
             config.grpo.logprob_chunk_tokens,
             "none",
-            config.grpo.micro_batches,
         ),
         train_step=make_train_step(
             session.model_config,
@@ -157,13 +157,13 @@ def gold_rollout(session: Session, step: int) -> tuple[PromptBatch, Rollout]:
     rollout = gold_completions(
         session.tokenizer, prompts.answers, config.rollout.max_completion_tokens
     )
-    return prompts, trim_rollout(rollout)
+    return prompts, rollout
 
 
 def sample_rollout(
     session: Session, programs: Programs, lora: Tree, step: int
 ) -> tuple[PromptBatch, Rollout]:
-    """The prompts of a step and the policy's completions, on the host and trimmed."""
+    """The prompts of a step and the policy's completions, on the host."""
     config = session.config
     prompts = session.train_prompts.batch(config.seed, step, config.grpo.prompts_per_step)
     weights = make_decode_weights(
@@ -177,7 +177,7 @@ def sample_rollout(
     key = fold_key(config.seed, step, Purpose.ROLLOUT)
     rollout = programs.generate(weights, tokens, mask, key)
     check_rollout(rollout)
-    return prompts, trim_rollout(to_host(rollout))
+    return prompts, to_host(rollout)
 
 
 def step_metrics(prompts: PromptBatch, rollout: Rollout, clock: Clock) -> dict[str, float]:
@@ -200,22 +200,6 @@ def mean_report(reports: list[StepMetrics]) -> tuple[dict[str, float], dict]:
     # A running count, not a measurement of one update.
     scalars["grpo/skipped_updates"] = float(reports[-1].scalars["grpo/skipped_updates"])
     return scalars, mean.layer_grad_norms
-
-
-def trim_rollout(rollout: Rollout) -> Rollout:
-    """Cuts padding that every row shares, so that training does not compute on it.
-
-    Widths are multiples of an eighth of the cap (at least 16), so at most eight programs compile.
-    """
-    cap = rollout.tokens.shape[1]
-    bucket = max(16, -(-cap // 8))
-    width = min(cap, -(-int(rollout.lengths.max()) // bucket) * bucket)
-    return dataclasses.replace(
-        rollout,
-        tokens=rollout.tokens[:, :width],
-        mask=rollout.mask[:, :width],
-        logprobs=rollout.logprobs[:, :width],
-    )
 
 
 def score(
@@ -255,51 +239,57 @@ def make_train_batch(
 
     Packing may reorder the rows; nothing that follows depends on their order.
     """
-    grpo = session.config.grpo
-    mask = np.asarray(rollout.mask, np.float32)
-    if grpo.mask_truncated_completions:
-        mask = mask * (np.asarray(rollout.finish_reasons) != FINISH_LENGTH)[:, None]
-    group = len(rollout.lengths) // len(prompts.texts)
-    rows, prompt_lengths = train_rows(prompts, rollout.tokens, rollout.lengths, group)
-    packed = pack_rows(
-        rows,
-        prompt_lengths,
-        np.asarray(rollout.tokens),
-        np.asarray(rollout.lengths),
-        group_size=group,
-        micro_batches=grpo.micro_batches,
-        shards=batch_shards(session.mesh),
-        sizes=bin_sizes(),
-    )
-    arrays: dict[str, Any] = {
-        "tokens": rows,
-        "prompt_lengths": prompt_lengths,
-        "completion_tokens": rollout.tokens,
-        "loss_mask": mask,
-        "advantages": advantages,
-        "sampler_logprobs": rollout.logprobs,
-    }
-    if packed is not None:
-        order, packing = packed
-        arrays = {name: np.asarray(values)[order] for name, values in arrays.items()}
-        arrays["packing"] = packing
-    batch = TrainBatch(**shard_rows(session.mesh, arrays))
-    if session.config.objective == "sft":
+    config = session.config
+    batch = pack_batch(session.mesh, config.grpo, prompts, rollout, advantages, config.objective)
+    if config.objective == "sft":
         return batch
-    scored = (batch.tokens, batch.prompt_lengths, batch.completion_tokens, batch.packing)
-    if grpo.num_iterations > 1:
-        old = programs.logprobs(session.base, lora, session.device_plan, *scored)
+    if config.grpo.num_iterations > 1:
+        old = programs.logprobs(session.base, lora, session.device_plan, batch)
         batch = dataclasses.replace(batch, old_logprobs=old)
-    if grpo.kl_coef > 0:
-        ref = programs.logprobs(session.base, None, None, *scored)
+    if config.grpo.kl_coef > 0:
+        ref = programs.logprobs(session.base, None, None, batch)
         batch = dataclasses.replace(batch, ref_logprobs=ref)
     return batch
 
 
-def bin_sizes() -> int:
-    """How many sizes a bin of packed tokens may have. On CPU another program takes longer to
-    compile than padding costs; there each prompt still runs once for its group."""
-    return 1 if jax.default_backend() == "cpu" else 16
+def pack_batch(
+    mesh: Mesh,
+    grpo: GrpoConfig,
+    prompts: PromptBatch,
+    rollout: Rollout,
+    advantages: np.ndarray,
+    objective: Objective = "grpo",
+) -> TrainBatch:
+    """A rollout on the host as what the train step takes.
+
+    A row whose advantage is 0, or whose tokens are all masked, adds exactly 0 to the gradient of
+    the policy term: it is left out of the bins, unless a KL term looks at it too.
+    """
+    mask = np.asarray(rollout.mask, np.float32)
+    if grpo.mask_truncated_completions:
+        mask = mask * (np.asarray(rollout.finish_reasons) != FINISH_LENGTH)[:, None]
+    trained = np.ones(len(advantages), bool)
+    if objective == "grpo" and grpo.kl_coef == 0:
+        trained = (np.asarray(advantages) != 0) & (mask.sum(axis=1) > 0)
+    order, packing = pack_rows(
+        prompts,
+        np.asarray(rollout.tokens),
+        np.asarray(rollout.lengths),
+        trained,
+        group_size=len(rollout.lengths) // len(prompts.texts),
+        micro_batches=grpo.micro_batches,
+        shards=batch_shards(mesh),
+    )
+    rows: dict[str, Any] = {
+        "loss_mask": mask,
+        "advantages": np.asarray(advantages, np.float32),
+        "sampler_logprobs": rollout.logprobs,
+        "trained": trained,
+    }
+    rows = {name: np.asarray(values)[order] for name, values in rows.items()}
+    count = replicate(mesh, packing.count)
+    placed = shard_rows(mesh, rows | {"packing": dataclasses.replace(packing, count=None)})  # type: ignore[arg-type]
+    return TrainBatch(**(placed | {"packing": dataclasses.replace(placed["packing"], count=count)}))
 
 
 def completion_metrics(rollout: Rollout) -> dict[str, float]:

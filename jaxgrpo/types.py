@@ -2,10 +2,11 @@
 
 P prompts, G group size, B = P*G rows (row p*G+g is completion g of prompt p), T tokens of a row
 (prompt and completion), S prompt slots, C completion slots, D embed, F mlp, N query heads,
-K key/value heads, H head dim, V vocab, L layers, R max rank, M micro-batches.
+K key/value heads, H head dim, V vocab, L layers, R max rank, M micro-batches. Of a packing:
+W batch shards, Z bins, N places of a bin, R rows of a bin.
 
 Padding, said once: in a PromptBatch prompts are LEFT-padded to S; completions are RIGHT-padded to
-C; in a TrainBatch each row is prompt, completion, padding without gaps, so that causal attention
+C; for attention in training each row is prompt, completion, padding without gaps, so that causality
 alone keeps padding from being seen and positions are 0..T-1.
 """
 
@@ -94,36 +95,42 @@ class Rollout:
 @_pytree
 @dataclass(frozen=True)
 class Packing:
-    """The same rows without padding and with each group's prompt once (see `model/pack_rows.py`).
+    """Rows laid out for computing without padding (see `model/pack_rows.py`).
 
-    Z bins of N tokens, one per micro-batch and batch shard; n completion tokens of a bin are
-    scored. A map holds flat places within the bin, in its rows [B/Z, T] or [B/Z, C]; -1: none.
+    Each of W batch shards has Z bins of N places, of which the compiled step runs the first
+    `count`: one program whatever lengths come. A bin holds up to R whole rows. Rows of one group
+    share the tokens of its prompt but the last; a row's own places begin with that last one, so
+    that each of them predicts one token of the completion, and its last token is never fed.
 
     Attributes:
-        tokens, positions: of each place of a bin; 0 where it is padding.
-        shared: the token belongs to a prompt, whose group uses it.
-        source: bin -> the token in the row that owns it (the group's first row for prompts).
-        rows: row -> bin; 0 off the row.
-        owned: row -> bin, where this row owns the token.
-        scored: scored token -> the token before it, in its row.
-        targets: the scored tokens.
-        predicts: row -> the scored token that comes next.
-        place: scored token -> its place among the completions.
-        slot: completion -> scored token.
-        group_size: rows that share a prompt.
+        count: bins in use, the same for all shards.
+        tokens, positions: of each place, the position within its row; 0 where it is padding.
+        targets: the token that comes next; means something on own places only.
+        row: the bin's row that a place belongs to, the first of those that share it; -1: padding.
+        shared: the place belongs to a prompt; then it is among the first `shared_places`.
+        member: which of the shard's rows each row is; -1: none.
+        prompt, prompt_tokens: where a row's shared places begin, and how many there are.
+        first, length: where its own places begin, and how many there are.
+        sharers: rows that share this row's prompt places, if it is the first of them; else 0.
+        row_places: T, the longest that a row with its prompt can be.
+        shared_places: no later place of a bin is shared.
+        group_size: no more rows share a prompt.
     """
 
-    tokens: Int[Array, "Z N"]
-    positions: Int[Array, "Z N"]
-    shared: Bool[Array, "Z N"]
-    source: Int[Array, "Z N"]
-    rows: Int[Array, "B T"]
-    owned: Int[Array, "B T"]
-    scored: Int[Array, "Z n"]
-    targets: Int[Array, "Z n"]
-    predicts: Int[Array, "B T"]
-    place: Int[Array, "Z n"]
-    slot: Int[Array, "B C"]
+    count: Int[Array, ""]
+    tokens: Int[Array, "W Z N"]
+    positions: Int[Array, "W Z N"]
+    targets: Int[Array, "W Z N"]
+    row: Int[Array, "W Z N"]
+    shared: Bool[Array, "W Z N"]
+    member: Int[Array, "W Z R"]
+    prompt: Int[Array, "W Z R"]
+    prompt_tokens: Int[Array, "W Z R"]
+    first: Int[Array, "W Z R"]
+    length: Int[Array, "W Z R"]
+    sharers: Int[Array, "W Z R"]
+    row_places: int = field(metadata={"static": True})
+    shared_places: int = field(metadata={"static": True})
     group_size: int = field(metadata={"static": True})
 
 
@@ -133,27 +140,23 @@ class TrainBatch:
     """What one optimizer step sees.
 
     Attributes:
-        tokens: each row prompt + completion, right-padded, without gaps.
-        prompt_lengths: where each row's completion begins.
-        completion_tokens: the same completion tokens, right-padded.
         loss_mask: completion mask after filters (truncated rows may be taken out).
         advantages: one per row.
         sampler_logprobs: from the rollout, 0 off the completion.
+        trained: rows that are computed; what the others add to the gradient is exactly 0.
+        packing: the tokens of the rows that are computed.
         old_logprobs: the trainer's at the time of sampling; None: this update is the first after
             sampling, so the current log-probs (gradient stopped) serve.
-        ref_logprobs: of the base model; None when kl_coef is 0.
-        packing: the same tokens for computing; None: compute on whole rows, padding and all.
+        ref_logprobs: of the reference policy; None when kl_coef is 0.
     """
 
-    tokens: Int[Array, "B T"]
-    prompt_lengths: Int[Array, " B"]
-    completion_tokens: Int[Array, "B C"]
     loss_mask: Float[Array, "B C"]
     advantages: Float[Array, " B"]
     sampler_logprobs: Float[Array, "B C"]
+    trained: Bool[Array, " B"]
+    packing: Packing
     old_logprobs: Float[Array, "B C"] | None = None
     ref_logprobs: Float[Array, "B C"] | None = None
-    packing: Packing | None = None
 
 
 @_pytree
@@ -205,10 +208,15 @@ def check_rollout(rollout: Rollout) -> None:
 
 
 def check_train_batch(batch: TrainBatch) -> None:
-    """Asserts that a training batch's arrays share B, T and C."""
-    rows, width = batch.completion_tokens.shape
-    assert batch.tokens.shape[0] == rows and batch.tokens.shape[1] >= width
-    assert batch.loss_mask.shape == batch.sampler_logprobs.shape == (rows, width)
-    assert batch.prompt_lengths.shape == batch.advantages.shape == (rows,)
+    """Asserts that a training batch's arrays share B and C, and its packing's W, Z, N and R."""
+    rows, width = batch.loss_mask.shape
+    assert batch.sampler_logprobs.shape == (rows, width), batch.sampler_logprobs.shape
+    assert batch.advantages.shape == batch.trained.shape == (rows,)
     for optional in (batch.old_logprobs, batch.ref_logprobs):
         assert optional is None or optional.shape == (rows, width), optional.shape
+    packing = batch.packing
+    assert rows % packing.tokens.shape[0] == 0, (rows, packing.tokens.shape)
+    for places in (packing.positions, packing.targets, packing.row, packing.shared):
+        assert places.shape == packing.tokens.shape, (places.shape, packing.tokens.shape)
+    for per_row in (packing.prompt, packing.prompt_tokens, packing.first, packing.length):
+        assert per_row.shape == packing.member.shape, (per_row.shape, packing.member.shape)

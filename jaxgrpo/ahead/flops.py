@@ -9,7 +9,7 @@ utilisation. Norms, softmax and sampling are left out of both.
 from __future__ import annotations
 
 from jaxgrpo.ahead.chips import Card
-from jaxgrpo.ahead.shapes import micro_batch, row_slots
+from jaxgrpo.ahead.shapes import full_bins, row_slots
 from jaxgrpo.config import Config
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.rank_plan import RankPlan
@@ -32,10 +32,12 @@ def rollout_flops(config: Config, model: Qwen2Config) -> float:
 def train_hardware_flops(config: Config, model: Qwen2Config, plan: RankPlan, remat: str) -> float:
     """Forward, backward and what `remat` computes again of rows that end at the cap, over all
     devices."""
-    rows, length = config.grpo.rows_per_step, sum(row_slots(config))
-    shards = model.device.batch_shards
-    part, parts = micro_batch(config, shards), config.grpo.micro_batches * shards
-    tokens, scored = part.tokens * parts, part.scored * parts
+    shards, chunk = model.device.batch_shards, config.grpo.logprob_chunk_tokens
+    shape = full_bins(config, shards)
+    bins = shape.bins * shards
+    # Every place is computed and scored, and every row of a bin attends, whether used or not.
+    tokens, rows, length = bins * shape.places, bins * shape.rows, shape.row_places
+    scored = bins * -(-shape.places // chunk) * chunk
     shapes = model.module_shapes
     again = remat == "full"
     layers = layer_parameters(model)

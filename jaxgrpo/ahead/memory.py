@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxgrpo.ahead.shapes import micro_batch, row_slots
+from jaxgrpo.ahead.shapes import full_bins, row_slots
 from jaxgrpo.config import Config
 from jaxgrpo.mesh import AXIS_RULES, ROLLOUT_RULES
 from jaxgrpo.model.api import base_logical_axes, init_base, lora_logical_axes
@@ -129,18 +129,19 @@ def foretell(
     # Where training's tables are split over fsdp, the sampler has its own.
     sampler = layers + (sum(tables) if sizes["fsdp"] > 1 else 0)
     own = {SAMPLER: sampler}
-    batch, parts = micro_batch(config, shards), sizes["model"]
-    squares = batch.rows * (prompt + width) ** 2
+    batch, parts = full_bins(config, shards), sizes["model"]
+    squares = batch.rows * batch.row_places**2
     backward = BACKWARD[model.device.platform][remat]
-    chunk = min(config.grpo.logprob_chunk_tokens, batch.scored)
+    chunk = min(config.grpo.logprob_chunk_tokens, batch.places)
     train = {
-        "activations kept": kept_bytes(model, batch.tokens, squares, parts, remat),
+        "activations kept": kept_bytes(model, batch.places, squares, parts, remat),
         # One after the other.
         "a layer, or a chunk of the head": max(
-            backward.bytes(model, batch.tokens, squares, parts), head_bytes(model, chunk) // parts
+            backward.bytes(model, batch.places, squares, parts), head_bytes(model, chunk) // parts
         ),
         "gradient": 2 * adapters,
-        BATCH: rows // shards * (7 * prompt + 12 * width) * 4,
+        # Three arrays by row and token; of bins four and a mask by place, and six by row.
+        BATCH: rows // shards * 12 * width + batch.bins * (17 * batch.places + 24 * batch.rows),
     }
     if model.device.single_gpu:
         train["frozen weights with adapters inside"] = layers + adapters * size // 4

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgrpo.ahead.shapes import row_slots
+from jaxgrpo.ahead.shapes import full_bins, row_slots
 from jaxgrpo.config import Config
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import init_train_state, make_train_step
@@ -29,7 +29,7 @@ from jaxgrpo.model.api import (
     lora_logical_axes,
     make_decode_weights,
 )
-from jaxgrpo.model.pack_rows import bin_capacity
+from jaxgrpo.model.pack_rows import packing_shapes
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
@@ -92,23 +92,15 @@ def describe_arguments(
 
     prompts, count = config.grpo.prompts_per_step, config.grpo.rows_per_step
     prompt, width = row_slots(config)
-    shapes = describe_packing(config, batch_shards(mesh))
-    packing = None
-    if shapes is not None:
-        kinds = {"shared": jnp.bool_}
-        arrays = {name: rows(shape, kinds.get(name, jnp.int32)) for name, shape in shapes.items()}
-        packing = Packing(**arrays, group_size=config.grpo.group_size)
-    by_token = [rows((count, width), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
+    by_token = rows((count, width), jnp.float32)
     batch = TrainBatch(
-        tokens=rows((count, prompt + width), jnp.int32),
-        prompt_lengths=rows((count,), jnp.int32),
-        completion_tokens=by_token[0],
-        loss_mask=by_token[1],
+        loss_mask=by_token,
         advantages=rows((count,), jnp.float32),
-        sampler_logprobs=by_token[2],
-        old_logprobs=by_token[2] if config.grpo.num_iterations > 1 else None,
-        ref_logprobs=by_token[2] if config.grpo.kl_coef > 0 else None,
-        packing=packing,
+        sampler_logprobs=by_token,
+        trained=rows((count,), jnp.bool_),
+        packing=describe_packing(config, mesh),
+        old_logprobs=by_token if config.grpo.num_iterations > 1 else None,
+        ref_logprobs=by_token if config.grpo.kl_coef > 0 else None,
     )
     return Arguments(
         base=place(base_logical_axes(model), base),
@@ -121,21 +113,23 @@ def describe_arguments(
     )
 
 
-def describe_packing(config: Config, shards: int) -> dict[str, tuple[int, int]] | None:
-    """Shapes of full bins; None where whole groups do not divide over them (`pack_rows`)."""
-    prompts, count = config.grpo.prompts_per_step, config.grpo.rows_per_step
-    prompt, width = row_slots(config)
-    bins = config.grpo.micro_batches * shards
-    if prompts % bins:
-        return None
-    size, scored = bin_capacity(prompts // bins, config.grpo.group_size, prompt, width)
-    flat, few = (bins, size), (bins, scored)
-    by_row, by_token = (count, prompt + width), (count, width)
-    return {
-        "tokens": flat, "positions": flat, "shared": flat, "source": flat, "rows": by_row,
-        "owned": by_row, "scored": few, "targets": few, "predicts": by_row, "place": few,
-        "slot": by_token,
-    }  # fmt: skip
+def describe_packing(config: Config, mesh: Mesh) -> Packing:
+    """The bins of a step in which no completion ends early."""
+    shards = batch_shards(mesh)
+    shape = full_bins(config, shards)
+    split = sharding(mesh, ("act_batch", None, None))
+    arrays: Any = {
+        name: jax.ShapeDtypeStruct(dims, dtype, sharding=split)
+        for name, (dims, dtype) in packing_shapes(shape, shards).items()
+    }
+    whole = NamedSharding(mesh, PartitionSpec())
+    return Packing(
+        count=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),  # type: ignore[arg-type]
+        **arrays,
+        row_places=shape.row_places,
+        shared_places=shape.shared_places,
+        group_size=shape.group_size,
+    )
 
 
 class Lowered:

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
 from jaxgrpo.config import Config
-from jaxgrpo.model.pack_rows import bin_capacity
+from jaxgrpo.model.pack_rows import BinShape, bin_shape
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.model.remat import resolve_remat
-
-
-class MicroBatch(NamedTuple):
-    """What each device computes of a micro-batch.
-
-    Attributes:
-        rows: completions.
-        tokens: of all rows, a prompt once a group if whole groups are packed.
-        scored: completion tokens, of which log-probs are taken.
-        packed: whether they are.
-    """
-
-    rows: int
-    tokens: int
-    scored: int
-    packed: bool
 
 
 def row_slots(config: Config) -> tuple[int, int]:
@@ -32,24 +16,25 @@ def row_slots(config: Config) -> tuple[int, int]:
     return prompt, config.rollout.max_completion_tokens
 
 
-def micro_batch(config: Config, shards: int) -> MicroBatch:
-    """Of a batch that a mesh splits into so many parts; rounded up where it does not divide."""
+def full_bins(config: Config, shards: int) -> BinShape:
+    """The bins that each of a mesh's batch shards computes, one after another."""
     grpo, (prompt, width) = config.grpo, row_slots(config)
-    bins = grpo.micro_batches * shards
-    rows = -(-grpo.rows_per_step // bins)
-    if grpo.prompts_per_step % bins:
-        return MicroBatch(rows, rows * (prompt + width), rows * width, False)
-    tokens, scored = bin_capacity(grpo.prompts_per_step // bins, grpo.group_size, prompt, width)
-    return MicroBatch(rows, tokens, scored, True)
+    prompts, group = (
+        (grpo.rows_per_step, 1)
+        if config.objective == "sft"
+        else (grpo.prompts_per_step, grpo.group_size)
+    )
+    shape = bin_shape(prompts // shards, group, prompt, width, grpo.micro_batches)
+    return dataclasses.replace(shape, bins=min(shape.bins, grpo.micro_batches))
 
 
 def remat_of_run(config: Config, model: Qwen2Config) -> str:
     """What model.remat comes to in the largest step, on `model.device`."""
-    batch = micro_batch(config, model.device.batch_shards)
+    shape = full_bins(config, model.device.batch_shards)
     return resolve_remat(
         model,
         config.model.remat,
-        tokens=batch.tokens,
-        attended=batch.rows * sum(row_slots(config)) if batch.packed else 0,
+        tokens=shape.places,
+        attended=shape.rows * shape.row_places,
         chunk_tokens=config.grpo.logprob_chunk_tokens,
     )

@@ -98,8 +98,7 @@ def _batches(config: Config) -> Iterator[tuple[int, Config]]:
 
 def _divides(config: Config) -> bool:
     shards = config.mesh.data * config.mesh.fsdp
-    rows = config.grpo.rows_per_step // config.grpo.micro_batches
-    counts = (config.grpo.prompts_per_step, rows, config.eval.batch_prompts)
+    counts = (config.grpo.prompts_per_step, config.eval.batch_prompts)
     return all(count % shards == 0 for count in counts)
 
 

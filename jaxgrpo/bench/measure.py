@@ -31,7 +31,7 @@ from jaxgrpo.grpo.step import (
     make_logprobs,
     make_train_step,
 )
-from jaxgrpo.iteration import bin_sizes
+from jaxgrpo.iteration import pack_batch
 from jaxgrpo.mesh import device_of, gpu_options, keep_compiled_programs, make_mesh, to_host
 from jaxgrpo.model.api import (
     PRESETS,
@@ -42,14 +42,12 @@ from jaxgrpo.model.api import (
     make_decode_weights,
     prefill,
 )
-from jaxgrpo.model.pack_rows import pack_rows
 from jaxgrpo.model.weights import EMBEDDED_DIR, read_qwen2_config
 from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.records.run_directory import atomic_write_json
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.session import resolve_dtype
-from jaxgrpo.tasks.data import train_rows
 from jaxgrpo.types import PromptBatch, Rollout, TrainBatch, TrainState, Tree
 
 
@@ -104,6 +102,7 @@ class Bench:
         keep_compiled_programs()
         model = bench_model(config)
         self.config, self.model = config, model
+        self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         self.base: Tree = jax.jit(init_base, static_argnums=0)(model, jax.random.key(0))
         plan = make_rank_plan(config.lora, model.num_layers)
         self.plan = device_plan(plan)
@@ -145,9 +144,8 @@ class Bench:
         scored = int(self.lengths.sum())
         # Counted as if every row ran its prompt: the work that any trainer of whole rows does.
         flops = train_model_flops(self.model, prompt_tokens + scored, scored)
-        computed = self.config.grpo.rows_per_step * batch.tokens.shape[1]
-        if batch.packing is not None:
-            computed = int(np.prod(batch.packing.tokens.shape))
+        shards, _, places = batch.packing.tokens.shape
+        computed = int(batch.packing.count) * shards * places
         shared = prompt_tokens // self.config.grpo.group_size
         own = train_model_flops(self.model, shared + scored, scored)
         found = {
@@ -231,32 +229,8 @@ class Bench:
 
     def make_batch(self, rollout: Rollout) -> TrainBatch:
         """The rows on the device, packed as training packs them, with random advantages."""
-        grpo = self.config.grpo
-        lengths, completions = np.asarray(rollout.lengths), np.asarray(rollout.tokens)
-        rows, prompt_lengths = train_rows(self.prompts, rollout.tokens, lengths, grpo.group_size)
-        arrays: dict[str, Any] = {
-            "tokens": rows,
-            "prompt_lengths": prompt_lengths,
-            "completion_tokens": completions,
-            "loss_mask": np.asarray(rollout.mask, np.float32),
-            "advantages": self.rng.normal(size=len(rows)).astype(np.float32),
-            "sampler_logprobs": np.asarray(rollout.logprobs),
-        }
-        packed = pack_rows(
-            rows,
-            prompt_lengths,
-            completions,
-            lengths,
-            group_size=grpo.group_size,
-            micro_batches=grpo.micro_batches,
-            shards=1,
-            sizes=bin_sizes(),
-        )
-        if packed is not None:
-            order, packing = packed
-            arrays = {name: values[order] for name, values in arrays.items()}
-            arrays["packing"] = packing
-        return TrainBatch(**jax.device_put(arrays))
+        advantages = self.rng.normal(size=len(self.lengths)).astype(np.float32)
+        return pack_batch(self.mesh, self.config.grpo, self.prompts, to_host(rollout), advantages)
 
     def _decode_weights(self, lora: Tree) -> Tree:
         merge = self.config.rollout.merge_lora
@@ -280,7 +254,6 @@ class Bench:
             config.rollout.temperature,
             config.grpo.logprob_chunk_tokens,
             "none",
-            config.grpo.micro_batches,
         )
         gradients = jax.jit(
             make_gradients(
@@ -294,10 +267,9 @@ class Bench:
             ),
             compiler_options=gpu_options(),
         )
-        rows = (batch.tokens, batch.prompt_lengths, batch.completion_tokens, batch.packing)
         run = (self.lora, self.base, self.plan, batch)
         return {
-            "logprobs_s": self._time(lambda: logprobs(self.base, self.lora, self.plan, *rows))[1],
+            "logprobs_s": self._time(lambda: logprobs(self.base, self.lora, self.plan, batch))[1],
             "forward_backward_s": self._time(lambda: gradients(*run))[1],
         }
 

@@ -109,15 +109,20 @@ def loss_metrics(
     entropy: Float[Array, "B C"],
     batch: TrainBatch,
 ) -> dict[str, Float[Array, ""]]:
-    """TRL's metrics of one step, from the whole step's rows (means over tokens do not average)."""
-    mask = batch.loss_mask > 0
+    """TRL's metrics of one step, from the whole step's rows (means over tokens do not average).
+
+    Taken over the rows that were computed (`batch.trained`): those that move the policy.
+    """
+    trained = batch.trained[:, None]
+    mask = (batch.loss_mask > 0) & trained
     logprobs = _on_mask(logprobs, mask)
     old_logprobs = _old_logprobs(logprobs, batch)
     metrics = {"entropy": _mean(_on_mask(entropy, mask), mask)}
     if config.kl_coef > 0:
         metrics["kl"] = _mean(_token_kl(logprobs, batch), mask)
     ratio = _policy_ratio(config, logprobs, old_logprobs, batch.loss_mask)
-    metrics |= _clip_metrics(config, ratio, batch.advantages[:, None], mask)
+    counted = trained if config.loss == "gspo" else mask
+    metrics |= _clip_metrics(config, ratio, batch.advantages[:, None], counted)
 
     # Against the log-probs at the time of sampling: later inner iterations move the policy, and
     # that is no disagreement between sampler and trainer.
@@ -133,7 +138,7 @@ def loss_metrics(
             batch.loss_mask,
         )
         per_row = config.importance_correction.startswith("sequence")
-        counted = jnp.ones_like(weights, bool) if per_row else mask
+        counted = trained if per_row else mask
         name = "sampling/importance_sampling_ratio"
         metrics[f"{name}/min"] = _extreme(jnp.min, weights, counted)
         metrics[f"{name}/mean"] = _mean(weights, counted)
@@ -145,10 +150,9 @@ def _clip_metrics(
     config: GrpoConfig,
     ratio: Float[Array, "B K"],
     advantages: Float[Array, "B 1"],
-    mask: Bool[Array, "B C"],
+    counted: Bool[Array, "B K"],
 ) -> dict[str, Float[Array, ""]]:
     """How often the clip bounds the objective: per token, for gspo per row."""
-    counted = jnp.ones_like(ratio, bool) if config.loss == "gspo" else mask
     if config.loss == "cispo":
         capped = (ratio > clip_high(config)) & (advantages > 0)
         return {"cispo_clip_ratio": _mean(capped, counted)}

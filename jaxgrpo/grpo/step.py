@@ -1,8 +1,8 @@
-"""The compiled training step, and the log-probs of the old policy and of the base model.
+"""The compiled training step, and the log-probs of the old policy and of the reference.
 
-Micro-batches are scanned inside the step. The scan carries the loss and the gradient; each
-micro-batch hands back its log-probs and entropies ([B, C], small), from which the metrics of the
-whole step are made afterwards.
+A step runs as many bins of tokens as its rows fill, one after another inside the program. The loop
+carries the loss, the gradient, and log-probs and entropies by row ([B, C], small), from which the
+metrics of the whole step are made afterwards.
 """
 
 from __future__ import annotations
@@ -25,10 +25,18 @@ from jaxgrpo.grpo.sensitivity import init_sensitivity, update_sensitivity
 from jaxgrpo.mesh import constrain, gpu_options
 from jaxgrpo.model.api import (
     Qwen2Config,
-    completion_logprobs,
+    bin_logprobs,
     join_adapters,
     lora_logical_axes,
     remat_of_batch,
+)
+from jaxgrpo.model.bins import (
+    completions_from_bins,
+    holds_row,
+    over_bins,
+    put_rows,
+    rows_of_bin,
+    take_bin,
 )
 from jaxgrpo.types import (
     LoraPlan,
@@ -74,7 +82,7 @@ def make_train_step(
     `skipped`. The padding of the adapters (ranks off the plan) never moves, weight decay included.
 
     Args:
-        grpo: the objective and the number of micro-batches.
+        grpo: the objective.
         temperature: of the sampler; log-probs are taken under it.
         max_completion_tokens: the constant in dr_grpo's normalisation.
         remat: what the backward pass recomputes (`ModelConfig.remat`).
@@ -116,6 +124,8 @@ def make_train_step(
         scalars = {"loss": loss, "grad_norm": grad_norm}
         if objective == "grpo":
             scalars |= loss_metrics(grpo, logprobs, entropy, batch)
+            scalars["grpo/frac_rows_trained"] = jnp.mean(batch.trained, dtype=jnp.float32)
+        scalars |= packing_metrics(batch.packing)
         scalars["grpo/skipped_updates"] = after.skipped.astype(jnp.float32)
         learning_rate = learning_rate_in(opt_state)
         if learning_rate is not None:
@@ -147,11 +157,11 @@ def make_gradients(
         base: Tree,
         plan: LoraPlan,
         rows: TrainBatch,
-        weights: Float[Array, "B C"],
+        weights: Float[Array, "WR C"],
         *,
         joined: Tree | None,
         remat: str,
-    ) -> tuple[Float[Array, ""], tuple[Float[Array, "B C"], Float[Array, "B C"]]]:
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, "WR C"], Float[Array, "WR C"]]]:
         lora, kernels = point
         if kernels is not None:
             layers = {
@@ -159,20 +169,19 @@ def make_gradients(
                 for name, leaves in base["layers"].items()
             }
             base = {**base, "layers": layers}
-        logprobs, entropy = completion_logprobs(
+        found = bin_logprobs(
             model_config,
             base,
             lora,
             plan,
-            rows.tokens,
-            rows.prompt_lengths,
-            rows.completion_tokens,
+            rows.packing,
             temperature=temperature,
             chunk_tokens=grpo.logprob_chunk_tokens,
             remat=remat,
-            packing=rows.packing,
             joined=joined,
         )
+        width = weights.shape[1]
+        logprobs, entropy = (completions_from_bins(x, rows.packing, width) for x in found)
         per_token = (
             token_losses(grpo, logprobs, rows)
             if objective == "grpo"
@@ -188,19 +197,43 @@ def make_gradients(
         # dapo's weights are the mean over all tokens, which is also the supervised loss.
         kind = grpo.loss if objective == "grpo" else "dapo"
         weights = token_weights(kind, batch.loss_mask, max_completion_tokens)
-        parts = grpo.micro_batches
-        policy = remat_of_batch(
-            model_config, remat, batch.tokens, batch.packing, parts, grpo.logprob_chunk_tokens
-        )
+        policy = remat_of_batch(model_config, remat, batch.packing, grpo.logprob_chunk_tokens)
         joined = join_adapters(base, lora, plan, policy)
-        loss, (grads, kernel_grads), scored = _accumulate(
-            lambda point, part: loss_of(point, base, plan, *part, joined=joined, remat=policy),
-            (lora, kernels),
-            split_rows((batch, weights), parts),
+
+        def loss_of_bin(point: Point, number: Array) -> tuple[Array, tuple[Packing, Any]]:
+            rows, weighted = batch_of_bin(batch, weights, number)
+            loss, scored = loss_of(point, base, plan, rows, weighted, joined=joined, remat=policy)
+            return loss, (rows.packing, scored)
+
+        loss, (grads, kernel_grads), (logprobs, entropy) = _accumulate(
+            loss_of_bin, (lora, kernels), batch
         )
-        return loss, grads, kernel_grads, *join_rows(scored)
+        return loss, grads, kernel_grads, logprobs, entropy
 
     return gradients
+
+
+def packing_metrics(packing: Packing) -> dict[str, Float[Array, ""]]:
+    """How many bins each shard ran, and the share of their places that held no token."""
+    shards, _, places = packing.tokens.shape
+    computed = jnp.maximum(packing.count, 1) * (shards * places)
+    filled = jnp.sum(packing.row >= 0, dtype=jnp.int32)
+    padding = jnp.where(packing.count > 0, 1.0 - filled / computed, 0.0)
+    return {"packing/bins": packing.count.astype(jnp.float32), "packing/padding": padding}
+
+
+def batch_of_bin(
+    batch: TrainBatch, weights: Float[Array, "B C"], number: Int[Array, ""]
+) -> tuple[TrainBatch, Float[Array, "WR C"]]:
+    """The rows of one bin of each shard, and their tokens' weights: 0 where there is no row."""
+    packing = take_bin(batch.packing, number)
+    by_row = dataclasses.replace(batch, packing=None)  # type: ignore[arg-type]
+    rows, weights = rows_of_bin((by_row, weights), packing)
+    there = holds_row(packing)[:, None]
+    rows = dataclasses.replace(
+        rows, packing=packing, loss_mask=jnp.where(there, rows.loss_mask, 0.0)
+    )
+    return rows, jnp.where(there, weights, 0.0)
 
 
 Point = tuple[Tree, Tree | None]
@@ -208,24 +241,32 @@ Point = tuple[Tree, Tree | None]
 
 
 def _accumulate(
-    loss_of: Callable[[Point, Any], tuple[Float[Array, ""], Any]], point: Point, parts: Any
-) -> tuple[Float[Array, ""], Point, Any]:
-    """Sums loss and gradient over the leading axis of `parts`; stacks what else `loss_of` gives."""
+    loss_of: Callable[[Point, Array], tuple[Float[Array, ""], tuple[Packing, Any]]],
+    point: Point,
+    batch: TrainBatch,
+) -> tuple[Float[Array, ""], Point, tuple[Float[Array, "B C"], Float[Array, "B C"]]]:
+    """Sums loss and gradient over the bins in use; log-probs and entropies go to their rows.
+    One program for any number of bins: nothing differentiates through the loop."""
 
-    def add(total: tuple[Array, Point], part: Any) -> tuple[tuple[Array, Point], Any]:
-        (loss, scored), grads = jax.value_and_grad(loss_of, has_aux=True)(point, part)
-        loss, (grads, kernel_grads) = jax.tree.map(jnp.add, total, (loss, grads))
-        return (loss, (_place_like_lora(grads), kernel_grads)), scored
+    def add(number: Array, total: tuple) -> tuple:
+        loss, grads, scored = total
+        (more, (packing, found)), by_point = jax.value_and_grad(loss_of, has_aux=True)(
+            point, number
+        )
+        loss, (grads, kernel_grads) = jax.tree.map(jnp.add, (loss, grads), (more, by_point))
+        scored = jax.tree.map(lambda into, rows: put_rows(into, rows, packing), scored, found)
+        return loss, (_place_like_lora(grads), kernel_grads), scored
 
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), point)
-    (loss, grads), scored = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zero), parts)
-    return loss, grads, scored
+    nothing = jnp.zeros_like(batch.loss_mask)
+    start = (jnp.zeros((), jnp.float32), zero, (nothing, nothing))
+    return over_bins(batch.packing, add, start)
 
 
 def make_logprobs(
-    model_config: Qwen2Config, temperature: float, chunk_tokens: int, remat: str, micro_batches: int
+    model_config: Qwen2Config, temperature: float, chunk_tokens: int, remat: str
 ) -> Callable[..., Float[Array, "B C"]]:
-    """Jits (base, lora, plan, tokens, prompt_lengths, completion_tokens[, packing]) -> log-probs.
+    """Jits (base, lora, plan, batch) -> log-probs of the rows that are computed, 0 elsewhere.
 
     With the policy's lora and plan it gives `old_logprobs`; with lora=None and plan=None the
     adapters are off and the same weights give `ref_logprobs`.
@@ -234,60 +275,31 @@ def make_logprobs(
 
     @functools.partial(jax.jit, compiler_options=gpu_options())
     def logprobs(
-        base: Tree,
-        lora: Tree | None,
-        plan: LoraPlan | None,
-        tokens: Int[Array, "B T"],
-        prompt_lengths: Int[Array, " B"],
-        completion_tokens: Int[Array, "B C"],
-        packing: Packing | None = None,
+        base: Tree, lora: Tree | None, plan: LoraPlan | None, batch: TrainBatch
     ) -> Float[Array, "B C"]:
         joined = None
         if lora is not None and plan is not None:
             joined = join_adapters(base, lora, plan, remat)
+        width = batch.loss_mask.shape[1]
 
-        def score(part: tuple) -> Float[Array, "B C"]:
-            *rows, packing = part
-            return completion_logprobs(
+        def score(number: Array, into: Array) -> Array:
+            packing = take_bin(batch.packing, number)
+            found, _ = bin_logprobs(
                 model_config,
                 base,
                 lora,
                 plan,
-                *rows,
+                packing,
                 temperature=temperature,
                 chunk_tokens=chunk_tokens,
                 remat=remat,
-                packing=packing,
                 joined=joined,
-            )[0]
+            )
+            return put_rows(into, completions_from_bins(found, packing, width), packing)
 
-        rows = (tokens, prompt_lengths, completion_tokens, packing)
-        parts = split_rows(rows, micro_batches)
-        return join_rows(jax.lax.map(score, parts))
+        return over_bins(batch.packing, score, jnp.zeros_like(batch.loss_mask))
 
     return logprobs
-
-
-def split_rows(tree: Any, micro_batches: int) -> Any:
-    """[B, ...] -> [M, B/M, ...]; micro-batch m takes the rows m, m+M, m+2M, ...
-
-    Striding and not cutting: rows are sharded in contiguous blocks, so every micro-batch keeps an
-    equal part on every device and nothing moves between devices.
-    """
-
-    def split(leaf: Array) -> Array:
-        rows = leaf.shape[0]
-        assert rows % micro_batches == 0, (rows, micro_batches)
-        return jnp.moveaxis(
-            leaf.reshape(rows // micro_batches, micro_batches, *leaf.shape[1:]), 1, 0
-        )
-
-    return jax.tree.map(split, tree)
-
-
-def join_rows(tree: Any) -> Any:
-    """The inverse of `split_rows`."""
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), tree)
 
 
 def mask_padding(updates: Tree, plan: LoraPlan) -> Tree:

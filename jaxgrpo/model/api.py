@@ -10,7 +10,7 @@ stacked weights inside the decode loop would copy every one of them at every tok
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgrpo.config import MODULES
 from jaxgrpo.mesh import batch_parts, on_one_device, rollout_bytes, to_rollout_layout
 from jaxgrpo.model.attention import rotary_tables
-from jaxgrpo.model.bins import completions_from_scored, rows_from_bins, scored_from_rows
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.kv_cache import LayerCache, cache_slots, init_completion_cache
 from jaxgrpo.model.lora import delta_kernel, device_plan, init_lora, plan_collection
@@ -39,8 +38,8 @@ __all__ = [
     "PRESETS",
     "Qwen2Config",
     "base_logical_axes",
+    "bin_logprobs",
     "cache_slots",
-    "completion_logprobs",
     "decode_step",
     "device_plan",
     "hidden_states",
@@ -110,9 +109,6 @@ def hidden_states(
     plan: LoraPlan | None,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"] | None = None,
-    remat: str = "none",
-    packing: Packing | None = None,
-    joined: Tree | None = None,
 ) -> Float[Array, "B T D"]:
     """Final-norm hidden states of whole rows.
 
@@ -120,24 +116,12 @@ def hidden_states(
         mask: True on real tokens, needed for left padding only: then it hides padding keys and
             positions count real tokens. Right padding needs none, causality hides it.
         lora, plan: None switches the adapters off: the base model.
-        remat: what the backward pass recomputes, `auto` resolved.
-        packing: the same rows packed; then they are computed so.
-        joined: `join_adapters` of the same weights, if it was made.
     """
-    if packing is not None:
-        assert mask is None, "packed rows have no padding to hide"
-        tokens, positions = packing.tokens, packing.positions
-    elif mask is None:
+    if mask is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
     else:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    variables: Tree = {"params": base}
-    if lora is not None and plan is not None:
-        variables |= {"lora": {"layers": lora}, "plan": {"layers": plan_collection(plan)}}
-        if joined is not None:
-            variables["joined"] = {"layers": joined}
-    hidden = Qwen2(config, remat).apply(variables, tokens, positions, mask, packing)
-    return hidden if packing is None else rows_from_bins(hidden, packing)  # type: ignore[return-value,arg-type]
+    return Qwen2(config).apply(_variables(base, lora, plan), tokens, positions, mask)  # type: ignore[return-value]
 
 
 def input_moments(
@@ -164,44 +148,45 @@ def logits(config: Qwen2Config, weights: Tree, hidden: Float[Array, "... D"]) ->
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
-def completion_logprobs(
+def bin_logprobs(
     config: Qwen2Config,
     base: Tree,
     lora: Tree | None,
     plan: LoraPlan | None,
-    tokens: Int[Array, "B T"],
-    prompt_lengths: Int[Array, " B"],
-    completion_tokens: Int[Array, "B C"],
+    packing: Packing,
     *,
     temperature: float,
     chunk_tokens: int,
     remat: str,
-    packing: Packing | None = None,
     joined: Tree | None = None,
-) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    """Log-prob of every completion token, and the entropy of its distribution, both float32.
+) -> tuple[Float[Array, "W N"], Float[Array, "W N"]]:
+    """Log-prob of the token that each own place of a bin predicts, and the entropy of its
+    distribution, both float32; elsewhere they mean nothing and are finite.
 
     The distribution is softmax(logits / temperature). Logits exist for about `chunk_tokens` tokens
-    per device at a time: [B, T, V] never does. Values off a row's completion mean nothing and are
-    finite.
+    per device at a time: those of a whole bin never do.
+
+    Args:
+        packing: one bin of each batch shard (`bins.take_bin`).
     """
-    hidden = hidden_states(
-        config, base, lora, plan, tokens, remat=remat, packing=packing, joined=joined
-    )
+    variables = _variables(base, lora, plan, joined)
+    hidden = Qwen2(config, remat).apply(variables, packing.tokens, packing.positions, None, packing)
     # What is split over fsdp is gathered here, once, and not in every chunk.
     table = to_rollout_layout(head_table(config, base), ("vocab", "embed"))
     chunk_tokens *= batch_parts()
-    if packing is not None:
-        hidden = scored_from_rows(hidden, packing)
-        found = token_logprobs(table, hidden, packing.targets, temperature, chunk_tokens)
-        logprobs, entropy = cast(tuple[jax.Array, jax.Array], found)
-        return completions_from_scored(logprobs, packing), completions_from_scored(entropy, packing)
-    width = completion_tokens.shape[1]
-    # The hidden state before a token predicts it.
-    index = prompt_lengths[:, None] - 1 + jnp.arange(width)[None, :]
-    index = jnp.minimum(index, tokens.shape[1] - 1)
-    hidden = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
-    return token_logprobs(table, hidden, completion_tokens, temperature, chunk_tokens)
+    return token_logprobs(table, hidden, packing.targets, temperature, chunk_tokens)  # type: ignore[arg-type]
+
+
+def _variables(
+    base: Tree, lora: Tree | None, plan: LoraPlan | None, joined: Tree | None = None
+) -> Tree:
+    """Flax's collections; without lora and plan the adapters are off: the base model."""
+    variables: Tree = {"params": base}
+    if lora is not None and plan is not None:
+        variables |= {"lora": {"layers": lora}, "plan": {"layers": plan_collection(plan)}}
+        if joined is not None:
+            variables["joined"] = {"layers": joined}
+    return variables
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -1,31 +1,122 @@
-"""Between flat bins of tokens and rows (`pack_rows.py`), with transposes that are gathers.
+"""Between bins of tokens and rows (`pack_rows.py`), with transposes that are gathers.
 
-Autodiff's transpose of a gather adds into memory, on GPU by atomics in no fixed order. The maps are
-known both ways, so the way back is a gather as well: fast, and the same bits every time.
+Autodiff's transpose of a gather adds into memory, on GPU by atomics in no fixed order. Where a
+place lies in its row follows from a few numbers per row both ways, so the way back is a gather as
+well: fast, and the same bits every time. Here a packing is one bin of each shard: [W, N], [W, R].
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.types import Packing
 
+T = TypeVar("T")
 
-def rows_from_bins(x: Float[Array, "Z N ..."], packing: Packing) -> Float[Array, "B T ..."]:
-    """Each row's tokens; a shared prompt's in all rows of the group. Off the row: any finite."""
+
+def take_bin(packing: Packing, number: Int[Array, ""]) -> Packing:
+    """One bin of each shard: [W, Z, ...] -> [W, ...]."""
+    count = packing.count
+
+    def one(x: jax.Array) -> jax.Array:
+        return x if x is count else jax.lax.dynamic_index_in_dim(x, number, 1, keepdims=False)
+
+    return jax.tree.map(one, packing)
+
+
+def over_bins(packing: Packing, body: Callable[[Array, T], T], start: T) -> T:
+    """body(number, carried) for each bin in use: [W, Z, ...] packings only."""
+    bins = packing.tokens.shape[1]
+
+    def unfinished(state: tuple[Array, T]) -> Bool[Array, ""]:
+        # The second bound never ends it; it tells who reads the program how long it can run.
+        return (state[0] < packing.count) & (state[0] < bins)
+
+    def run(state: tuple[Array, T]) -> tuple[Array, T]:
+        return state[0] + 1, body(*state)
+
+    return jax.lax.while_loop(unfinished, run, (jnp.zeros((), jnp.int32), start))[1]
+
+
+def rows_of_bin(tree: T, packing: Packing) -> T:
+    """The batch's rows [B, ...] that a bin holds: [W R, ...]; any row where it holds none."""
+
+    def rows(x: jax.Array) -> jax.Array:
+        shards, count = packing.member.shape
+        taken = _take(x.reshape(shards, -1, *x.shape[1:]), jnp.maximum(packing.member, 0))
+        return taken.reshape(shards * count, *x.shape[1:])
+
+    return jax.tree.map(rows, tree)
+
+
+def holds_row(packing: Packing) -> Bool[Array, " WR"]:
+    """Which of a bin's rows are there."""
+    return packing.member.reshape(-1) >= 0
+
+
+def put_rows(
+    into: Float[Array, "B C"], rows: Float[Array, "WR C"], packing: Packing
+) -> Float[Array, "B C"]:
+    """Writes a bin's rows to their places in the batch."""
+    shards, count = packing.member.shape
+    of_shard = into.reshape(shards, -1, into.shape[1])
+    # One beyond the end is dropped.
+    index = jnp.where(packing.member >= 0, packing.member, of_shard.shape[1])
+
+    def put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+        return x.at[index].set(values, mode="drop", unique_indices=True)
+
+    put_all = jax.vmap(put)(of_shard, index, rows.reshape(shards, count, -1))
+    return put_all.reshape(into.shape)
+
+
+def row_lengths(packing: Packing) -> Int[Array, " WR"]:
+    """Tokens of each row with its prompt, at least 1."""
+    return jnp.maximum(packing.prompt_tokens + packing.length, 1).reshape(-1)
+
+
+def rows_from_bins(x: Float[Array, "W N ..."], packing: Packing) -> Float[Array, "WR T ..."]:
+    """Each row's tokens, shared ones in all rows that share them. Off the row: any finite."""
     return _rows_from_bins(x, packing)
+
+
+def _bin_places(packing: Packing) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[W, R, T]: where a row's tokens lie in the bin; whether there is one; whether it is its
+    first place among rows."""
+    column = jnp.arange(packing.row_places)[None, None, :]
+    prompt, first, shared, length, sharers = (
+        values[..., None]
+        for values in (
+            packing.prompt,
+            packing.first,
+            packing.prompt_tokens,
+            packing.length,
+            packing.sharers,
+        )
+    )
+    inside = column < shared + length
+    place = jnp.where(column < shared, prompt + column, first + column - shared)
+    return jnp.where(inside, place, 0), inside, inside & ((column >= shared) | (sharers > 0))
+
+
+def _row_place(packing: Packing, ahead: int = 0) -> Int[Array, "W N"]:
+    """Where a bin's places lie among rows [R, T], flat; `ahead` rows further on."""
+    rows = packing.member.shape[1]
+    return jnp.clip(packing.row + ahead, 0, rows - 1) * packing.row_places + packing.positions
 
 
 @jax.custom_vjp
 def _rows_from_bins(x: jax.Array, packing: Packing) -> jax.Array:
-    bins = x.shape[0]
-    rows, length = packing.rows.shape
-    taken = _take(x, packing.rows.reshape(bins, -1))
-    return taken.reshape(rows, length, *x.shape[2:])
+    place, _, _ = _bin_places(packing)
+    shards, rows, length = place.shape
+    taken = _take(x, place.reshape(shards, -1))
+    return taken.reshape(shards * rows, length, *x.shape[2:])
 
 
 def _rows_forward(x: jax.Array, packing: Packing) -> tuple[jax.Array, Packing]:
@@ -33,78 +124,89 @@ def _rows_forward(x: jax.Array, packing: Packing) -> tuple[jax.Array, Packing]:
 
 
 def _rows_backward(packing: Packing, dy: jax.Array) -> tuple[jax.Array, None]:
-    bins, group = packing.tokens.shape[0], packing.group_size
-    length = packing.rows.shape[1]
+    shards, size = packing.tokens.shape
     rest = dy.shape[2:]
-    source = jnp.maximum(packing.source, 0)
-    own = _take(dy.reshape(bins, -1, *rest), source)
-    if group > 1:
-        # Shared prompts are used in every row of the group; they end before the completion's width.
-        prompt_slots = length - packing.slot.shape[1]
-        heads = dy[:, :prompt_slots].reshape(bins, -1, group, prompt_slots, *rest)
-        heads = jnp.sum(heads, axis=2, dtype=jnp.float32).astype(dy.dtype)
-        prompt, column = source // (length * group), source % length
-        index = prompt * prompt_slots + jnp.minimum(column, prompt_slots - 1)
-        summed = _take(heads.reshape(bins, -1, *rest), index)
-        own = jnp.where(_wide(packing.shared, own), summed, own)
+    dy = dy.reshape(shards, -1, *rest)
+    own = _take(dy, _row_place(packing))
+    front = min(packing.shared_places, size)
+    if packing.group_size > 1 and front:
+        # A shared place is used in every row that shares it, and these follow each other.
+        sharers = jnp.take_along_axis(packing.sharers, jnp.maximum(packing.row, 0), axis=1)
+        total = jnp.zeros((shards, front, *rest), jnp.float32)
+        for ahead in range(packing.group_size):
+            used = _take(dy, _row_place(packing, ahead)[:, :front])
+            counts = (ahead < sharers[:, :front]) & packing.shared[:, :front]
+            total = total + jnp.where(_wide(counts, used), used, 0).astype(jnp.float32)
+        summed = jnp.where(
+            _wide(packing.shared[:, :front], total), total.astype(dy.dtype), own[:, :front]
+        )
+        own = jnp.concatenate([summed, own[:, front:]], axis=1)
     # Or what comes next fuses with the gathers, and finds each place once for every value it takes.
     own = jax.lax.optimization_barrier(own)
-    return jnp.where(_wide(packing.source >= 0, own), own, 0), None
+    return jnp.where(_wide(packing.row >= 0, own), own, 0), None
 
 
 _rows_from_bins.defvjp(_rows_forward, _rows_backward)
 
 
-def row_lengths(packing: Packing) -> Int[Array, " B"]:
-    """Tokens of each row, at least 1."""
-    # A row's places after its first token's are never the bin's first place, which is 0.
-    columns = jnp.arange(1, packing.rows.shape[1] + 1, dtype=jnp.int32)
-    return jnp.maximum(jnp.max(jnp.where(packing.rows > 0, columns[None, :], 0), axis=1), 1)
-
-
-def bins_from_rows(x: Float[Array, "B T ..."], packing: Packing) -> Float[Array, "Z N ..."]:
-    """Each token's value in the row that owns it."""
-    return _regroup(x, packing.source, packing.owned)
-
-
-def scored_from_rows(x: Float[Array, "B T ..."], packing: Packing) -> Float[Array, "Z n ..."]:
-    """The value at the token before each completion token."""
-    return _regroup(x, packing.scored, packing.predicts)
-
-
-def completions_from_scored(x: Float[Array, "Z n"], packing: Packing) -> Float[Array, "B C"]:
-    """Values of completion tokens by row, 0 where a row has none."""
-    return _regroup(x, packing.slot, packing.place)
-
-
-def _regroup(x: jax.Array, there: Int[Array, "..."], back: Int[Array, "..."]) -> jax.Array:
-    """y[place] = x[there[place]]; `back` is the inverse map, shaped as x is. 0 where there is none.
-
-    The first axis of x, there and back splits into as many bins as the shorter of them has.
-    """
-    return _moved(x, there, back)
+def bins_from_rows(x: Float[Array, "WR T ..."], packing: Packing) -> Float[Array, "W N ..."]:
+    """Each place's value in its first row; 0 where there is none."""
+    return _bins_from_rows(x, packing)
 
 
 @jax.custom_vjp
-def _moved(x: jax.Array, there: jax.Array, back: jax.Array) -> jax.Array:
-    bins = min(there.shape[0], back.shape[0])
-    rest = x.shape[2:]
-    index = there.reshape(bins, -1)
-    taken = _take(x.reshape(bins, -1, *rest), jnp.maximum(index, 0))
-    taken = jnp.where(_wide(index >= 0, taken), taken, 0)
-    return taken.reshape(*there.shape, *rest)
+def _bins_from_rows(x: jax.Array, packing: Packing) -> jax.Array:
+    shards = packing.tokens.shape[0]
+    taken = _take(x.reshape(shards, -1, *x.shape[2:]), _row_place(packing))
+    return jnp.where(_wide(packing.row >= 0, taken), taken, 0)
 
 
-def _moved_forward(x: jax.Array, there: jax.Array, back: jax.Array) -> tuple:
-    return _moved(x, there, back), (there, back)
+def _bins_forward(x: jax.Array, packing: Packing) -> tuple[jax.Array, Packing]:
+    return _bins_from_rows(x, packing), packing
 
 
-def _moved_backward(maps: tuple, dy: jax.Array) -> tuple[jax.Array, None, None]:
-    there, back = maps
-    return _moved(dy, back, there), None, None
+def _bins_backward(packing: Packing, dy: jax.Array) -> tuple[jax.Array, None]:
+    place, _, owned = _bin_places(packing)
+    shards, rows, length = place.shape
+    taken = _take(dy, place.reshape(shards, -1)).reshape(*place.shape, *dy.shape[2:])
+    taken = jnp.where(_wide(owned, taken), taken, 0)
+    return taken.reshape(shards * rows, length, *dy.shape[2:]), None
 
 
-_moved.defvjp(_moved_forward, _moved_backward)
+_bins_from_rows.defvjp(_bins_forward, _bins_backward)
+
+
+def completions_from_bins(
+    x: Float[Array, "W N"], packing: Packing, width: int
+) -> Float[Array, "WR C"]:
+    """Own places by row: one value for each token of the completion, 0 where there is none."""
+    return _completions(x, packing, width)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _completions(x: jax.Array, packing: Packing, width: int) -> jax.Array:
+    column = jnp.arange(width)[None, None, :]
+    inside = column < packing.length[..., None]
+    place = jnp.where(inside, packing.first[..., None] + column, 0)
+    shards, rows, _ = place.shape
+    taken = _take(x, place.reshape(shards, -1)).reshape(place.shape)
+    return jnp.where(inside, taken, 0).reshape(shards * rows, width)
+
+
+def _completions_forward(x: jax.Array, packing: Packing, width: int) -> tuple[jax.Array, Packing]:
+    return _completions(x, packing, width), packing
+
+
+def _completions_backward(width: int, packing: Packing, dy: jax.Array) -> tuple[jax.Array, None]:
+    row = jnp.maximum(packing.row, 0)
+    column = packing.positions - jnp.take_along_axis(packing.prompt_tokens, row, axis=1)
+    own = (packing.row >= 0) & ~packing.shared
+    dy = dy.reshape(packing.tokens.shape[0], -1)
+    taken = _take(dy, jnp.where(own, row * width + column, 0))
+    return jnp.where(own, taken, 0), None
+
+
+_completions.defvjp(_completions_forward, _completions_backward)
 
 
 @functools.partial(jax.vmap, in_axes=(0, 0))

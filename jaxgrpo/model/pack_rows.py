@@ -1,190 +1,252 @@
-"""Rows laid out for training without padding, each prompt once for its group. Host side, numpy.
+"""Rows laid out for training without padding, each prompt once for its rows. Host side, numpy.
 
-All that is done token by token (projections, MLP, head) runs on flat bins of tokens; attention
-alone needs rows. The maps from one to the other are made here; `bins.py` follows them.
-One bin per micro-batch and batch shard: prompts are dealt out so that bins are about equally full.
+All that is done token by token (projections, MLP, head) runs on bins of tokens; attention alone
+needs rows. `BinShape` fixes what is compiled, from the settings alone; how many bins a step fills
+is an argument of the compiled loop. `bins.py` goes from bins to rows and back.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from jaxgrpo.types import Packing
+from jaxgrpo.types import Packing, PromptBatch
 
 NOWHERE = -1
-"""In a map: this place corresponds to none."""
+"""A place or row that is padding."""
+
+ROOM = 2.5
+"""Rows that a bin has room for, over those that fill it when all reach the cap: bins get full as
+long as completions take at least 1/ROOM of the cap on average."""
+
+
+@dataclass(frozen=True)
+class BinShape:
+    """The shape of a step's bins.
+
+    Attributes:
+        bins: that no lengths can exceed.
+        places, rows: of a bin.
+        row_places: of the longest row with its prompt.
+        shared_places: for prompts.
+        group_size: rows that a prompt may be shared by.
+    """
+
+    bins: int
+    places: int
+    rows: int
+    row_places: int
+    shared_places: int
+    group_size: int
+
+
+def bin_shape(
+    prompts: int, group_size: int, prompt_slots: int, width: int, micro_batches: int
+) -> BinShape:
+    """For so many prompts of up to `prompt_slots` tokens with `group_size` completions of up to
+    `width` each: a step in which nothing ends early takes about `micro_batches` bins."""
+    rows, shared = prompts * group_size, prompt_slots - 1
+    row_places = _in_eights(shared + width)
+    longest = prompts * shared + rows * width
+    places = max(_in_eights(-(-longest // micro_batches)), row_places)
+    full = places / (shared / group_size + width)
+    bin_rows = min(rows, math.ceil(ROOM * full))
+    # What prompts take when completions have half of the cap on average, and half as much again.
+    share = 1.5 * shared / max(shared + group_size * width / 2, 1)
+    shared_places = min(places, max(_in_eights(math.ceil(share * places)), _in_eights(shared)))
+    # Every bin but the last turned a row away: for its places, its rows, or its prompts' places.
+    bins = 1 + rows * row_places // (places - row_places + 1) + rows // bin_rows
+    if shared:
+        bins += rows * shared // (shared_places - shared + 1)
+    return BinShape(min(bins, rows), places, bin_rows, row_places, shared_places, group_size)
+
+
+def _in_eights(count: int) -> int:
+    return -(-count // 8) * 8
 
 
 def pack_rows(
-    tokens: np.ndarray,
-    prompt_lengths: np.ndarray,
-    completion_tokens: np.ndarray,
+    prompts: PromptBatch,
+    completions: np.ndarray,
     lengths: np.ndarray,
+    trained: np.ndarray,
     *,
     group_size: int,
     micro_batches: int,
     shards: int,
-    sizes: int,
-) -> tuple[np.ndarray, Packing] | None:
-    """(order, packing): the rows' new order, and the maps for rows in that order.
+) -> tuple[np.ndarray, Packing]:
+    """(order, packing): the rows' new order, and the packing of rows in that order.
 
     Args:
-        tokens: [B, T], each row prompt, completion, padding; groups side by side, prompts equal.
-        lengths: completion tokens of each row.
-        micro_batches, shards: what `split_rows` and the mesh make of the rows.
-        sizes: how many bin sizes there may be; each is another program to compile.
-
-    Returns:
-        None if whole groups do not divide over micro-batches and shards.
+        completions: [B, C].
+        lengths: tokens of each completion, at least 1.
+        trained: [B], rows to be computed; the others are in no bin.
+        micro_batches, shards: over how many bins and batch shards full rows are spread.
     """
-    rows, length = tokens.shape
-    width = completion_tokens.shape[1]
-    bins, prompts = micro_batches * shards, rows // group_size
-    if prompts % bins:
-        return None
-    dealt = _deal(prompt_lengths, lengths, group_size, bins)
-    order = np.empty(rows, np.int64)
-    for i, members in enumerate(dealt):
-        # Bin i is micro-batch i % M of shard i // M; split_rows gives micro-batch m rows m::M.
-        shard, micro = divmod(i, micro_batches)
-        inside = (members[:, None] * group_size + np.arange(group_size)[None, :]).reshape(-1)
-        places = shard * len(inside) + np.arange(len(inside))
-        order[places * micro_batches + micro] = inside
-    used = [_layout(prompt_lengths, lengths, group_size, members) for members in dealt]
-    prompts_per_bin = prompts // bins
-    capacity, most = bin_capacity(prompts_per_bin, group_size, length - width, width)
-    size = _bucket(max(bin_used for bin_used, _ in used), capacity, sizes)
-    longest = max(int(lengths[_rows_of(m, group_size)].sum()) for m in dealt)
-    scored = _bucket(longest, most, sizes)
-    arrays = _empty(bins, size, scored, rows, length, width)
-    for i, (members, (_, offsets)) in enumerate(zip(dealt, used, strict=True)):
-        shard, micro = divmod(i, micro_batches)
-        local = _rows_of(members, group_size)
-        places = (shard * len(local) + np.arange(len(local))) * micro_batches + micro
-        _fill_bin(
-            arrays, i, places, local, offsets, tokens, prompt_lengths, completion_tokens, lengths,
-            group_size,
-        )  # fmt: skip
-    return order, Packing(**cast(Any, arrays), group_size=group_size)
+    count, width = len(prompts.texts), completions.shape[1]
+    shape = bin_shape(count // shards, group_size, prompts.tokens.shape[1], width, micro_batches)
+    prompt_lengths = prompts.mask.sum(axis=1)
+    places = np.where(trained, lengths, 0).reshape(count, group_size).sum(axis=1)
+    dealt = _deal(places, shards)
+    filled = [
+        _fill(shape, prompt_lengths, lengths, trained, members, group_size) for members in dealt
+    ]
+    used = max(len(bins) for bins in filled)
+    arrays = _empty(shards, shape)
+    for shard, bins in enumerate(filled):
+        for number, rows in enumerate(bins):
+            inside = {name: values[shard, number] for name, values in arrays.items()}
+            _write(inside, rows, prompts, prompt_lengths, completions, lengths, group_size)
+    order = np.concatenate([_rows_of(members, group_size) for members in dealt])
+    # Rows were written by their old numbers; a shard knows its own, from 0 on.
+    new = np.empty(len(order), np.int32)
+    new[order] = np.arange(len(order)) % (len(order) // shards)
+    member = arrays["member"]
+    arrays["member"] = np.where(member >= 0, new[np.maximum(member, 0)], NOWHERE)
+    return order, Packing(
+        count=np.int32(used),  # type: ignore[arg-type]
+        **arrays,  # type: ignore[arg-type]
+        row_places=shape.row_places,
+        shared_places=shape.shared_places,
+        group_size=group_size,
+    )
 
 
-def bin_capacity(prompts: int, group_size: int, prompt: int, width: int) -> tuple[int, int]:
-    """Tokens, and completion tokens among them, of a bin in which nothing ends early."""
-    return prompts * (prompt + group_size * width), prompts * group_size * width
+def packing_shapes(shape: BinShape, shards: int) -> dict[str, tuple[tuple[int, int, int], type]]:
+    """Shape and dtype of each of a packing's arrays."""
+    by_place = (shards, shape.bins, shape.places)
+    by_row = (shards, shape.bins, shape.rows)
+    return {
+        "tokens": (by_place, np.int32),
+        "positions": (by_place, np.int32),
+        "targets": (by_place, np.int32),
+        "row": (by_place, np.int32),
+        "shared": (by_place, np.bool_),
+        "member": (by_row, np.int32),
+        "prompt": (by_row, np.int32),
+        "prompt_tokens": (by_row, np.int32),
+        "first": (by_row, np.int32),
+        "length": (by_row, np.int32),
+        "sharers": (by_row, np.int32),
+    }
 
 
-def _deal(
-    prompt_lengths: np.ndarray, lengths: np.ndarray, group_size: int, bins: int
-) -> list[np.ndarray]:
-    """Prompts of each bin, equally many: the longest first, each to the emptiest bin with room."""
-    totals = prompt_lengths[::group_size] + lengths.reshape(-1, group_size).sum(axis=1)
-    room = len(totals) // bins
-    members: list[list[int]] = [[] for _ in range(bins)]
-    load = np.zeros(bins)
-    for prompt in np.argsort(-totals, kind="stable"):
-        open_bins = [i for i in range(bins) if len(members[i]) < room]
-        chosen = min(open_bins, key=lambda i: load[i])
-        members[chosen].append(int(prompt))
-        load[chosen] += totals[prompt]
-    return [np.array(sorted(inside)) for inside in members]
+def _empty(shards: int, shape: BinShape) -> dict[str, np.ndarray]:
+    return {
+        name: np.full(dims, NOWHERE if name in ("row", "member") else 0, dtype)
+        for name, (dims, dtype) in packing_shapes(shape, shards).items()
+    }
 
 
 def _rows_of(members: np.ndarray, group_size: int) -> np.ndarray:
     return (members[:, None] * group_size + np.arange(group_size)[None, :]).reshape(-1)
 
 
-def _layout(
-    prompt_lengths: np.ndarray, lengths: np.ndarray, group_size: int, members: np.ndarray
-) -> tuple[int, np.ndarray]:
-    """Tokens in the bin, and (prompt, completion) offsets of each of its rows."""
-    offsets, at = [], 0
-    for prompt in members.tolist():
-        start, at = at, at + int(prompt_lengths[prompt * group_size])
-        for own in lengths[prompt * group_size : (prompt + 1) * group_size].tolist():
-            offsets.append((start, at))
-            at += own
-    return at, np.array(offsets)
+def _deal(places: np.ndarray, shards: int) -> list[np.ndarray]:
+    """Prompts of each shard, equally many: the longest first, each to the emptiest with room."""
+    room = len(places) // shards
+    members: list[list[int]] = [[] for _ in range(shards)]
+    load = np.zeros(shards)
+    for prompt in np.argsort(-places, kind="stable"):
+        open_shards = [i for i in range(shards) if len(members[i]) < room]
+        chosen = min(open_shards, key=lambda i: load[i])
+        members[chosen].append(int(prompt))
+        load[chosen] += places[prompt]
+    return [np.array(sorted(inside)) for inside in members]
 
 
-def _bucket(used: int, capacity: int, sizes: int) -> int:
-    """The smallest of `sizes` sizes up to `capacity` that holds `used`."""
-    step = -(-capacity // sizes)
-    return min(capacity, -(-used // step) * step)
+class _Bin:
+    """A bin being filled: what room is left, and its rows by prompt."""
+
+    def __init__(self, shape: BinShape) -> None:
+        self.places, self.rows, self.shared = shape.places, shape.rows, shape.shared_places
+        self.inside: dict[int, list[int]] = {}
+
+    def take(self, prompt: int, row: int, shared: int, own: int) -> bool:
+        """Puts the row in if it fits, with its prompt if that is not there yet."""
+        shared = 0 if prompt in self.inside else shared
+        if self.places < shared + own or self.rows < 1 or self.shared < shared:
+            return False
+        self.places -= shared + own
+        self.shared -= shared
+        self.rows -= 1
+        self.inside.setdefault(prompt, []).append(row)
+        return True
 
 
-def _empty(
-    bins: int, size: int, scored: int, rows: int, length: int, width: int
-) -> dict[str, np.ndarray]:
-    flat, row = (bins, size), (rows, length)
-    return {
-        "tokens": np.zeros(flat, np.int32),
-        "positions": np.zeros(flat, np.int32),
-        "shared": np.zeros(flat, bool),
-        "source": np.full(flat, NOWHERE, np.int32),
-        "rows": np.zeros(row, np.int32),
-        "owned": np.full(row, NOWHERE, np.int32),
-        "scored": np.full((bins, scored), NOWHERE, np.int32),
-        "targets": np.zeros((bins, scored), np.int32),
-        "predicts": np.full(row, NOWHERE, np.int32),
-        "place": np.full((bins, scored), NOWHERE, np.int32),
-        "slot": np.full((rows, width), NOWHERE, np.int32),
-    }
-
-
-def _fill_bin(
-    arrays: dict[str, np.ndarray],
-    i: int,
-    places: np.ndarray,
-    local: np.ndarray,
-    offsets: np.ndarray,
-    tokens: np.ndarray,
+def _fill(
+    shape: BinShape,
     prompt_lengths: np.ndarray,
-    completion_tokens: np.ndarray,
+    lengths: np.ndarray,
+    trained: np.ndarray,
+    members: np.ndarray,
+    group_size: int,
+) -> list[dict[int, list[int]]]:
+    """prompt -> rows of each bin: the longest groups first, and of a group the longest rows, each
+    into the first bin that has room. So that a group is rarely split, and small rows fill up."""
+    rows = _rows_of(members, group_size)
+    own = np.where(trained[rows], lengths[rows], 0).reshape(len(members), group_size)
+    bins: list[_Bin] = []
+    for place in np.argsort(-own.sum(axis=1), kind="stable").tolist():
+        prompt = int(members[place])
+        shared = int(prompt_lengths[prompt]) - 1
+        for within in np.argsort(-own[place], kind="stable").tolist():
+            tokens = int(own[place, within])
+            if tokens == 0:
+                continue
+            row = prompt * group_size + within
+            if not any(bin_.take(prompt, row, shared, tokens) for bin_ in bins):
+                bins.append(_Bin(shape))
+                assert bins[-1].take(prompt, row, shared, tokens), (shape, shared, tokens)
+    assert len(bins) <= shape.bins, (len(bins), shape)
+    return [{prompt: sorted(rows) for prompt, rows in bin_.inside.items()} for bin_ in bins]
+
+
+def _write(
+    arrays: dict[str, np.ndarray],
+    inside: dict[int, list[int]],
+    prompts: PromptBatch,
+    prompt_lengths: np.ndarray,
+    completions: np.ndarray,
     lengths: np.ndarray,
     group_size: int,
 ) -> None:
-    """Writes the maps of bin i: `local` are its rows' old numbers, `places` their new ones.
-
-    All that is written is a slice of consecutive numbers or of tokens, which numpy copies in a
-    fraction of the time that it looks up places one by one.
-    """
-    length, width = tokens.shape[1], completion_tokens.shape[1]
-    count = np.arange(max(arrays["tokens"].shape[1], len(local) * length) + 1, dtype=np.int32)
-    rows, owned, predicts, slot = (arrays[n] for n in ("rows", "owned", "predicts", "slot"))
-    source, flat, positions, shared, scored, targets, place_of = (
-        arrays[name][i]
-        for name in ("source", "tokens", "positions", "shared", "scored", "targets", "place")
+    """Fills one bin: prompts first, so that they lie in its front, then the rows' own places."""
+    tokens, positions, targets, row_of, shared = (
+        arrays[name] for name in ("tokens", "positions", "targets", "row", "shared")
     )
-    done = 0
-    described = zip(
-        places.tolist(),
-        local.tolist(),
-        offsets.tolist(),
-        prompt_lengths[local].tolist(),
-        lengths[local].tolist(),
-        strict=True,
-    )
-    for j, (place, row, (start, first), prompt, own) in enumerate(described):
-        end, last, base = prompt + own, first + own, j * length
-        rows[place, :prompt] = count[start : start + prompt]
-        rows[place, prompt:end] = owned[place, prompt:end] = count[first:last]
-        source[first:last] = count[base + prompt : base + end]
-        flat[first:last] = tokens[row, prompt:end]
-        positions[first:last] = count[prompt:end]
-        # The group's first row stands for all of them where the prompt's values are concerned.
-        if j % group_size == 0:
-            after = start + prompt
-            owned[place, :prompt] = count[start:after]
-            source[start:after] = count[base : base + prompt]
-            flat[start:after] = tokens[row, :prompt]
-            positions[start:after] = count[:prompt]
-            shared[start:after] = True
-        # The token before predicts.
-        scored[done : done + own] = count[base + prompt - 1 : base + end - 1]
-        predicts[place, prompt - 1 : end - 1] = count[done : done + own]
-        targets[done : done + own] = completion_tokens[row, :own]
-        place_of[done : done + own] = count[j * width : j * width + own]
-        slot[place, :own] = count[done : done + own]
-        done += own
+    at = number = 0
+    starts = {}
+    slots = prompts.tokens.shape[1]
+    for prompt, rows in inside.items():
+        length = int(prompt_lengths[prompt]) - 1
+        after = at + length
+        tokens[at:after] = prompts.tokens[prompt, slots - length - 1 : slots - 1]
+        positions[at:after] = np.arange(length)
+        row_of[at:after] = number
+        shared[at:after] = True
+        arrays["sharers"][number] = len(rows)
+        starts[prompt] = (at, length)
+        at, number = after, number + len(rows)
+    number = 0
+    for prompt, rows in inside.items():
+        start, length = starts[prompt]
+        for row in rows:
+            own = int(lengths[row])
+            after = at + own
+            tokens[at] = prompts.tokens[prompt, -1]
+            tokens[at + 1 : after] = completions[row, : own - 1]
+            targets[at:after] = completions[row, :own]
+            positions[at:after] = np.arange(length, length + own)
+            row_of[at:after] = number
+            for name, value in (
+                ("member", row),
+                ("prompt", start),
+                ("prompt_tokens", length),
+                ("first", at),
+                ("length", own),
+            ):
+                arrays[name][number] = value
+            at, number = after, number + 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jaxtyping import Array, Int
 
 from jaxgrpo.mesh import on_one_device
 from jaxgrpo.model.presets import Qwen2Config
@@ -71,8 +70,7 @@ def resolve_remat(
 
     Args:
         tokens: of the micro-batch on each device.
-        attended: what attention makes of packed tokens there, rows with their padding; 0: whole
-            rows are computed.
+        attended: what attention makes of them there: places of rows, with their padding.
         chunk_tokens: `GrpoConfig.logprob_chunk_tokens`.
     """
     if remat != "auto":
@@ -89,20 +87,14 @@ def resolve_remat(
     return "products" if kept < room else "full"
 
 
-def remat_of_batch(
-    config: Qwen2Config,
-    remat: str,
-    tokens: Int[Array, "B T"],
-    packing: Packing | None,
-    micro_batches: int,
-    chunk_tokens: int,
-) -> str:
-    """`resolve_remat` for the rows of a batch."""
-    parts = micro_batches * config.device.batch_shards
+def remat_of_batch(config: Qwen2Config, remat: str, packing: Packing, chunk_tokens: int) -> str:
+    """`resolve_remat` for one bin of each batch shard at a time."""
+    shards, _, places = packing.tokens.shape
+    held = shards // config.device.batch_shards
     return resolve_remat(
         config,
         remat,
-        tokens=(tokens if packing is None else packing.tokens).size // parts,
-        attended=0 if packing is None else packing.rows.size // parts,
+        tokens=held * places,
+        attended=held * packing.member.shape[2] * packing.row_places,
         chunk_tokens=chunk_tokens,
     )

@@ -19,11 +19,13 @@ from jaxgrpo.iteration import (
     sample_rollout,
     score,
 )
+from jaxgrpo.mesh import shard_rows
 from jaxgrpo.model.api import input_moments
 from jaxgrpo.session import Session
 from jaxgrpo.study.lab import Lab
+from jaxgrpo.tasks.data import train_rows
 from jaxgrpo.tasks.texts import completion_texts
-from jaxgrpo.types import TrainBatch, Tree
+from jaxgrpo.types import PromptBatch, Rollout, TrainBatch, Tree
 
 
 def calibrate(
@@ -58,12 +60,12 @@ def _calibrate(session: Session, lab: Lab, batches: int, components: int) -> dic
     )
 
     @jax.jit
-    def measure(lora: Tree, base: Tree, batch: TrainBatch) -> tuple[Tree, Tree, Tree]:
+    def measure(
+        lora: Tree, base: Tree, batch: TrainBatch, tokens: jax.Array, mask: jax.Array
+    ) -> tuple[Tree, Tree, Tree]:
         _, grads, kernel_grads, _, _ = gradients(lora, base, session.device_plan, batch)
         fim = {m: _used_mean(g["b"], session.device_plan.masks[m]) for m, g in grads.items()}
-        lengths = batch.prompt_lengths + jnp.sum(batch.loss_mask > 0, axis=1)
-        mask = jnp.arange(batch.tokens.shape[1])[None, :] < lengths[:, None]
-        moments = input_moments(model, base, batch.tokens, mask)
+        moments = input_moments(model, base, tokens, mask)
         moments = {m: {**moments[m], "count": jnp.sum(mask)} for m in session.plan.modules}
         return fim, kernel_grads, moments  # type: ignore[return-value]
 
@@ -71,8 +73,12 @@ def _calibrate(session: Session, lab: Lab, batches: int, components: int) -> dic
     lora, programs = session.init_lora(), lab.programs(session)
     total = None
     for step in range(batches):
-        batch = _batch(session, programs, lora, step)
-        found = measure(lora, session.base, batch)
+        prompts, rollout, advantages = _rows(session, programs, lora, step)
+        batch = make_train_batch(session, programs, lora, prompts, rollout, advantages)
+        group = len(rollout.lengths) // len(prompts.texts)
+        tokens, starts = train_rows(prompts, rollout.tokens, rollout.lengths, group)
+        seen = np.arange(tokens.shape[1])[None, :] < (starts + rollout.lengths)[:, None]
+        found = measure(lora, session.base, batch, *shard_rows(session.mesh, (tokens, seen)))
         total = found if total is None else add(total, found)
     assert total is not None
     fim, kernel_grads, moments = total
@@ -91,18 +97,18 @@ def _calibrate(session: Session, lab: Lab, batches: int, components: int) -> dic
     }
 
 
-def _batch(session: Session, programs: Programs, lora: Tree, step: int) -> TrainBatch:
-    """The rows that a step of the run's objective would train on."""
+def _rows(
+    session: Session, programs: Programs, lora: Tree, step: int
+) -> tuple[PromptBatch, Rollout, np.ndarray]:
+    """What a step of the run's objective would train on: prompts, completions, advantages."""
     grpo = session.config.grpo
     if session.config.objective == "sft":
         prompts, rollout = gold_rollout(session, step)
-        advantages = np.ones(len(rollout.lengths), np.float32)
-    else:
-        prompts, rollout = sample_rollout(session, programs, lora, step)
-        texts = completion_texts(session.tokenizer, rollout, session.config.rollout.stop_strings)
-        rewards, _ = score(session, prompts, texts, rollout)
-        advantages = compute_advantages(rewards, grpo.group_size, grpo.scale_rewards)
-    return make_train_batch(session, programs, lora, prompts, rollout, advantages)
+        return prompts, rollout, np.ones(len(rollout.lengths), np.float32)
+    prompts, rollout = sample_rollout(session, programs, lora, step)
+    texts = completion_texts(session.tokenizer, rollout, session.config.rollout.stop_strings)
+    rewards, _ = score(session, prompts, texts, rollout)
+    return prompts, rollout, compute_advantages(rewards, grpo.group_size, grpo.scale_rewards)
 
 
 def _used_mean(gradient: jax.Array, mask: jax.Array) -> jax.Array:

@@ -210,6 +210,8 @@ class PromptSource:
         self._problems = [problems[i] for i in kept]
         self._texts = [texts[i] for i in kept]
         self._tokens = [ids[i] for i in kept]
+        # One width for all batches of the split, so that no later one needs another program.
+        self._slots = config.padded(max(len(tokens) for tokens in self._tokens))
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -245,7 +247,7 @@ class PromptSource:
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
     def _pad(self, rows: Sequence[int]) -> PromptBatch:
-        slots = self._config.padded(max(len(self._tokens[row]) for row in rows))
+        slots = self._slots
         tokens = np.zeros((len(rows), slots), np.int32)
         mask = np.zeros((len(rows), slots), bool)
         for i, row in enumerate(rows):
