@@ -230,9 +230,9 @@ class GrpoConfig:
         )
         _require(self.importance_cap > 0, "grpo.importance_cap must be positive")
         _require(
-            self.rows_per_step % self.micro_batches == 0,
-            f"grpo.micro_batches={self.micro_batches} does not divide the "
-            f"{self.rows_per_step} rows of a step (prompts_per_step x group_size)",
+            self.micro_batches <= self.rows_per_step,
+            f"grpo.micro_batches={self.micro_batches} is more than the {self.rows_per_step} rows "
+            f"of a step (prompts_per_step x group_size)",
         )
 
     @property

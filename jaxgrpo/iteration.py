@@ -287,9 +287,15 @@ def pack_batch(
         "trained": trained,
     }
     rows = {name: np.asarray(values)[order] for name, values in rows.items()}
-    count = replicate(mesh, packing.count)
-    placed = shard_rows(mesh, rows | {"packing": dataclasses.replace(packing, count=None)})  # type: ignore[arg-type]
-    return TrainBatch(**(placed | {"packing": dataclasses.replace(placed["packing"], count=count)}))
+    return shard_batch(mesh, TrainBatch(**rows, packing=packing))
+
+
+def shard_batch(mesh: Mesh, batch: TrainBatch) -> TrainBatch:
+    """Host arrays -> the mesh: rows and bins split over its shards, their count on all."""
+    bins = dataclasses.replace(batch.packing, count=None)  # type: ignore[arg-type]
+    placed = shard_rows(mesh, dataclasses.replace(batch, packing=bins))
+    count = replicate(mesh, batch.packing.count)
+    return dataclasses.replace(placed, packing=dataclasses.replace(placed.packing, count=count))
 
 
 def completion_metrics(rollout: Rollout) -> dict[str, float]:

@@ -236,10 +236,8 @@ def resolve_dtype(dtype: str) -> str:
 def check_divisible(config: Config, mesh: Mesh) -> None:
     """Batches must split evenly over the mesh's batch axes."""
     shards = batch_shards(mesh)
-    rows = config.grpo.rows_per_step // config.grpo.micro_batches
     for name, count in (
         ("grpo.prompts_per_step", config.grpo.prompts_per_step),
-        ("rows of a micro-batch", rows),
         ("eval.batch_prompts", config.eval.batch_prompts),
     ):
         if count % shards:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxgrpo.ahead.chips import CHIPS, Topology, parse_topology, slice_shapes
@@ -18,10 +19,13 @@ from jaxgrpo.ahead.report import uncounted_lines
 from jaxgrpo.ahead.suggest import candidates, describe
 from jaxgrpo.config import ConfigError, MeshConfig
 from jaxgrpo.config_files import load_config
-from jaxgrpo.mesh import make_mesh, shard_rows, sharding
-from jaxgrpo.model.api import Qwen2Config, base_logical_axes, completion_logprobs, init_base
+from jaxgrpo.iteration import shard_batch
+from jaxgrpo.mesh import make_mesh, sharding
+from jaxgrpo.model.api import Qwen2Config, base_logical_axes, bin_logprobs, init_base
+from jaxgrpo.model.bins import take_bin
 from jaxgrpo.rollout import engine
 from jaxgrpo.run import EMBEDDED_CONFIG, main
+from tests.rows import random_rows, train_batch
 from tests.test_layout import ROOT
 
 SLICES = sorted((ROOT / "tpu").glob("v*.yaml"))
@@ -232,19 +236,19 @@ def test_of_a_stack_that_a_fusion_inside_a_fusion_slices_the_slice_is_read():
     assert counts.bytes == 4 * 8 * 16 + index + 4 * 4 * 8 + 2 * update
 
 
-def test_more_devices_take_more_rows_in_chunks_as_long_as_before():
+def test_more_devices_take_more_places_in_chunks_as_long_as_before():
     """The head's table is read once a chunk: shorter ones would read it more often."""
     model = Qwen2Config(64, 48, 80, 2, 4, 2, tie_word_embeddings=False)
     whole = init_base(model, jax.random.key(0))
-    width, chunk = 32, 8
+    chunk = 8
     for sizes in ((1, 1, 1), (2, 4, 1)):
         devices = math.prod(sizes)
-        rows = [jnp.zeros((2 * devices, n), jnp.int32) for n in (40, width)]
+        rows = random_rows(np.random.default_rng(0), 64, 2 * devices, 1, 5, 28)
+        batch = train_batch(rows, shards=devices, advantages=np.ones(2 * devices))
 
-        def loss(base, tokens, completions):
-            starts = jnp.full(len(tokens), 4)
-            found = completion_logprobs(
-                model, base, None, None, tokens, starts, completions,
+        def loss(base, packing):
+            found = bin_logprobs(
+                model, base, None, None, take_bin(packing, jnp.int32(0)),
                 temperature=1.0, chunk_tokens=chunk, remat="full",
             )  # fmt: skip
             return jnp.sum(found[0])
@@ -257,10 +261,11 @@ def test_more_devices_take_more_rows_in_chunks_as_long_as_before():
                 whole,
                 is_leaf=lambda x: isinstance(x, tuple),
             )
-            placed = shard_rows(mesh, rows)
-            counts = count(jax.jit(loss).lower(base, *placed).compile().as_text(), devices)
-        # Two rows a device: eight tokens are four columns.
-        assert max(times for _, _, times in counts.pieces) == width / 4
+            packing = shard_batch(mesh, batch).packing
+            counts = count(jax.jit(loss).lower(base, packing).compile().as_text(), devices)
+        # Two rows a device, of up to 4 + 28 places each: one bin of 64.
+        assert packing.tokens.shape == (devices, 2, 64)
+        assert max(times for _, _, times in counts.pieces) == 64 / chunk
 
 
 def test_the_compilers_own_complaint_is_read():

@@ -66,9 +66,9 @@ CASES = {
     "learning rate not finite": (lambda t: ["optim.learning_rate=.nan"], "learning_rate"),
     "negative kl_coef": (lambda t: ["grpo.kl_coef=-0.1"], "kl_coef"),
     "several greedy samples": (lambda t: ["eval.samples=4"], "eval.temperature > 0"),
-    "micro-batches that do not divide": (
-        lambda t: ["grpo.micro_batches=3"],
-        "does not divide",
+    "more micro-batches than rows": (
+        lambda t: ["grpo.micro_batches=100000"],
+        "is more than the",
     ),
     "batch not divisible by the mesh": (
         lambda t: ["grpo.prompts_per_step=12", "mesh.data=8"],

@@ -12,7 +12,6 @@ from jaxgrpo.config import RolloutConfig
 from jaxgrpo.mesh import MeshConfig, Purpose, fold_key, make_mesh, shard_rows, to_host
 from jaxgrpo.model.api import (
     Qwen2Config,
-    completion_logprobs,
     device_plan,
     init_base,
     init_lora,
@@ -23,6 +22,7 @@ from jaxgrpo.rollout import engine
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.types import FINISH_LENGTH, FINISH_STOP_STRING, FINISH_STOP_TOKEN, check_rollout
+from tests.rows import completion_logprobs
 
 CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2)
 GROUP, WIDTH = 3, 12
@@ -67,9 +67,7 @@ def _full_forward(out, temperature):
     for row, length in enumerate(lengths):
         rows[row, :length] = tokens[row // GROUP][mask[row // GROUP]]
         rows[row, length : length + WIDTH] = out.tokens[row]
-    score = functools.partial(
-        completion_logprobs, CONFIG, temperature=temperature, chunk_tokens=16, remat="none"
-    )
+    score = functools.partial(completion_logprobs, CONFIG, temperature=temperature, chunk_tokens=16)
     logprobs, _ = jax.jit(score)(_base(), _lora(), device_plan(PLAN), rows, lengths, out.tokens)
     return np.asarray(logprobs)
 

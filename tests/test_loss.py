@@ -23,19 +23,17 @@ MASK = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]], np.float32)
 def make_batch(**changes: Any) -> tuple[jax.Array, Any]:
     """Log-probs now, and four rows of up to three tokens that were sampled by a near policy."""
     rng = np.random.default_rng(0)
-    rows, width = MASK.shape
     logprobs = -rng.exponential(1.0, MASK.shape).astype(np.float32)
 
     def near() -> jax.Array:
         return jnp.asarray(logprobs + 0.3 * rng.normal(size=MASK.shape).astype(np.float32))
 
     batch = TrainBatch(
-        tokens=jnp.zeros((rows, width + 1), jnp.int32),
-        prompt_lengths=jnp.ones((rows,), jnp.int32),
-        completion_tokens=jnp.zeros((rows, width), jnp.int32),
         loss_mask=jnp.asarray(MASK),
         advantages=jnp.array([1.0, -1.0, 0.5, -0.5]),
         sampler_logprobs=near(),
+        trained=jnp.ones(len(MASK), bool),
+        packing=None,  # type: ignore[arg-type]  # what tokens the rows have is nothing to a loss
         old_logprobs=near(),
         ref_logprobs=near(),
     )

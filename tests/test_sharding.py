@@ -11,7 +11,8 @@ import pytest
 from jaxgrpo.checkpoint import Checkpoints
 from jaxgrpo.config import Config, ConfigError, GrpoConfig, MeshConfig, OptimConfig, RolloutConfig
 from jaxgrpo.grpo.optimizer import make_optimizer
-from jaxgrpo.grpo.step import init_train_state, make_train_step
+from jaxgrpo.grpo.step import init_train_state, make_train_step, packing_metrics
+from jaxgrpo.iteration import pack_batch, shard_batch
 from jaxgrpo.mesh import (
     Purpose,
     batch_shards,
@@ -27,7 +28,7 @@ from jaxgrpo.mesh import (
 from jaxgrpo.model.api import (
     Qwen2Config,
     base_logical_axes,
-    completion_logprobs,
+    bin_logprobs,
     device_plan,
     init_base,
     init_lora,
@@ -35,12 +36,12 @@ from jaxgrpo.model.api import (
     make_decode_weights,
     resharded_bytes,
 )
-from jaxgrpo.model.pack_rows import pack_rows
+from jaxgrpo.model.bins import completions_from_bins, take_bin
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
-from jaxgrpo.tasks.data import train_rows
-from jaxgrpo.types import PromptBatch, TrainBatch
+from jaxgrpo.types import PromptBatch
+from tests.rows import on_device, random_rows, train_batch
 
 CONFIG = Qwen2Config(
     64, 48, 80, num_layers=3, num_heads=4, num_kv_heads=2, tie_word_embeddings=False
@@ -70,28 +71,29 @@ def test_eight_devices_equal_one(sizes):
     )
     lora = init_lora(CONFIG, plan, jax.random.key(1))
     lora = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), lora)
-    tokens = np.random.default_rng(0).integers(0, 64, (8, 12)).astype(np.int32)
-    prompt_lengths = np.arange(3, 11, dtype=np.int32) % 5 + 2
-    completion = np.random.default_rng(1).integers(0, 64, (8, 5)).astype(np.int32)
+    mesh = make_mesh(MeshConfig(*sizes))
+    rows = random_rows(np.random.default_rng(0), 64, 8, 1, 7, 5)
+    packed = train_batch(rows, shards=batch_shards(mesh), advantages=np.ones(8))
+    assert packed.packing.count == 1
 
-    def loss(lora, base, plan, tokens, prompt_lengths, completion):
-        logprobs, entropy = completion_logprobs(
-            CONFIG, base, lora, plan, tokens, prompt_lengths, completion,
-            temperature=1.0, chunk_tokens=16, remat="full",
-        )  # fmt: skip
+    def loss(lora, base, plan, packing):
+        packing = take_bin(packing, jnp.int32(0))
+        logprobs, entropy = (
+            completions_from_bins(found, packing, 5)
+            for found in bin_logprobs(
+                CONFIG, base, lora, plan, packing, temperature=1.0, chunk_tokens=16, remat="full"
+            )
+        )
         return jnp.mean(logprobs), entropy
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    batch = (tokens, prompt_lengths, completion)
-    single = to_host(step(lora, base, device_plan(plan), *map(jnp.asarray, batch)))
-    mesh = make_mesh(MeshConfig(*sizes))
+    single = to_host(step(lora, base, device_plan(plan), on_device(packed).packing))
     with jax.set_mesh(mesh):
         put = lambda axes, x: jax.device_put(x, sharding(mesh, axes))  # noqa: E731
         sharded_base = jax.tree.map(put, base_logical_axes(CONFIG), base, is_leaf=_is_axes)
         sharded_lora = jax.tree.map(put, lora_logical_axes(plan.modules), lora, is_leaf=_is_axes)
-        many = to_host(
-            step(sharded_lora, sharded_base, device_plan(plan), *shard_rows(mesh, batch))
-        )
+        packing = shard_batch(mesh, packed).packing
+        many = to_host(step(sharded_lora, sharded_base, device_plan(plan), packing))
     chex.assert_trees_all_close(single, many, atol=2e-5, rtol=1e-4)
 
 
@@ -160,23 +162,13 @@ def two_steps(mesh, state=None):
             weights = make_decode_weights(model, base, state.lora, plan, True)
             key = fold_key(0, number, Purpose.ROLLOUT)
             host = to_host(generate(weights, *shard_rows(mesh, (prompts.tokens, mask)), key))
-            rows, starts = train_rows(prompts, host.tokens, host.lengths, GROUP)
-            order, packing = pack_rows(
-                rows, starts, host.tokens, host.lengths, group_size=GROUP, micro_batches=1,
-                shards=batch_shards(mesh), sizes=1,
-            )  # fmt: skip
-            arrays = {
-                "tokens": rows,
-                "prompt_lengths": starts,
-                "completion_tokens": host.tokens,
-                "loss_mask": np.asarray(host.mask, np.float32),
-                "advantages": np.cos(host.tokens.sum(axis=1)).astype(np.float32),
-                "sampler_logprobs": host.logprobs,
-            }
-            arrays = {name: np.asarray(x)[order] for name, x in arrays.items()}
-            batch = TrainBatch(**shard_rows(mesh, arrays | {"packing": packing}))
+            advantages = np.cos(host.tokens.sum(axis=1)).astype(np.float32)
+            batch = pack_batch(mesh, GRPO, prompts, host, advantages)
             state, report = step(state, base, plan, batch)
-            found.append((host.tokens, host.logprobs, to_host(report), to_host(state.lora)))
+            report = to_host(report)
+            for name in packing_metrics(batch.packing):  # which go with the number of shards
+                del report.scalars[name]
+            found.append((host.tokens, host.logprobs, report, to_host(state.lora)))
     return found, state
 
 

@@ -17,18 +17,12 @@ from jax.sharding import Mesh
 
 from jaxgrpo.config import ConfigError, GrpoConfig, MeshConfig, OptimConfig
 from jaxgrpo.grpo.optimizer import learning_rate_at, make_optimizer
-from jaxgrpo.grpo.step import (
-    init_train_state,
-    join_rows,
-    make_logprobs,
-    make_train_step,
-    split_rows,
-)
-from jaxgrpo.mesh import make_mesh, replicate, shard_rows, sharding
+from jaxgrpo.grpo.step import init_train_state, make_logprobs, make_train_step, packing_metrics
+from jaxgrpo.iteration import shard_batch
+from jaxgrpo.mesh import batch_shards, make_mesh, replicate, sharding
 from jaxgrpo.model.api import (
     Qwen2Config,
     base_logical_axes,
-    completion_logprobs,
     device_plan,
     init_base,
     init_lora,
@@ -36,11 +30,12 @@ from jaxgrpo.model.api import (
 )
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.types import TrainBatch
+from tests.rows import Rows, completion_logprobs, on_device, random_rows, train_batch
 
 MODEL = Qwen2Config(
     vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1
 )
-ROWS, LENGTH, WIDTH = 8, 10, 6
+PROMPTS, GROUP, SLOTS, WIDTH = 8, 2, 4, 6
 TEMPERATURE = 0.7
 
 
@@ -65,23 +60,26 @@ def lora():
     }
 
 
+@functools.cache
+def make_rows() -> Rows:
+    rng = np.random.default_rng(0)
+    return random_rows(rng, MODEL.vocab_size, PROMPTS, GROUP, SLOTS, WIDTH)
+
+
+def make_batch(**options: Any) -> TrainBatch:
+    """The rows with random advantages, packed: by default into one bin."""
+    rows = make_rows()
+    rng = np.random.default_rng(1)
+    given = {
+        "advantages": rng.normal(size=len(rows.lengths)).astype(np.float32),
+        "sampler_logprobs": -rng.exponential(3.0, rows.mask.shape).astype(np.float32) * rows.mask,
+    }
+    return on_device(train_batch(rows, **(given | options)))
+
+
 @pytest.fixture(scope="module")
 def batch() -> TrainBatch:
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(2, LENGTH - WIDTH + 1, ROWS)
-    lengths = rng.integers(1, WIDTH + 1, ROWS)
-    tokens = rng.integers(0, MODEL.vocab_size, (ROWS, LENGTH))
-    columns = np.minimum(prompts[:, None] + np.arange(WIDTH), LENGTH - 1)
-    mask = (np.arange(WIDTH) < lengths[:, None]).astype(np.float32)
-    sampler = -rng.exponential(3.0, (ROWS, WIDTH)).astype(np.float32) * mask
-    return TrainBatch(
-        tokens=jnp.asarray(tokens, jnp.int32),
-        prompt_lengths=jnp.asarray(prompts, jnp.int32),
-        completion_tokens=jnp.asarray(np.take_along_axis(tokens, columns, 1), jnp.int32),
-        loss_mask=jnp.asarray(mask),
-        advantages=jnp.asarray(rng.normal(size=ROWS), jnp.float32),
-        sampler_logprobs=jnp.asarray(sampler),
-    )
+    return make_batch()
 
 
 @functools.cache
@@ -119,20 +117,18 @@ def run_once(base, lora, batch, plan=None, **changes):
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo"])
-def test_micro_batched_is_whole(loss, base, lora, batch):
+def test_any_number_of_bins_is_one_bin(loss, base, lora, batch):
     """One loss weighted by rows, one by the batch; test_loss.py has the rest per row."""
-    whole = run_once(base, lora, batch, loss=loss)
-    parts = run_once(base, lora, batch, loss=loss, micro_batches=4)
-    chex.assert_trees_all_close(parts[1], whole[1], rtol=1e-4, atol=1e-6)
-    # Adam divides by the gradient's own size, so a gradient near 0 shows its rounding.
-    chex.assert_trees_all_close(parts[0].lora, whole[0].lora, atol=1e-4)
-
-
-def test_split_rows_is_undone_and_spreads_neighbours():
-    rows = jnp.arange(12).reshape(6, 2)
-    parts = split_rows({"x": rows}, 3)
-    np.testing.assert_array_equal(parts["x"][0], rows[0::3])
-    chex.assert_trees_all_equal(join_rows(parts), {"x": rows})
+    moved, whole = run_once(base, lora, batch, loss=loss)
+    assert batch.packing.count == 1
+    for micro_batches in (3, 16):
+        many = make_batch(micro_batches=micro_batches)
+        assert many.packing.count > micro_batches / 3
+        after, parts = run_once(base, lora, many, loss=loss)
+        parts.scalars.update({name: whole.scalars[name] for name in packing_metrics(batch.packing)})
+        chex.assert_trees_all_close(parts, whole, rtol=1e-4, atol=1e-6)
+        # Adam divides by the gradient's own size, so a gradient near 0 shows its rounding.
+        chex.assert_trees_all_close(after.lora, moved.lora, atol=1e-4)
 
 
 def test_another_plan_compiles_nothing(base, lora, batch):
@@ -155,9 +151,8 @@ def test_gradient_matches_a_finite_difference_of_the_loss(base, lora, batch):
     optimizer = optax.sgd(1.0)
     grpo = GrpoConfig(importance_correction="none", num_iterations=2)
     step = make_train_step(MODEL, grpo, TEMPERATURE, WIDTH, "none", optimizer)
-    score = make_logprobs(MODEL, TEMPERATURE, 64, "none", 1)
     plan = device_plan(make_plan())
-    old = score(base, lora, plan, batch.tokens, batch.prompt_lengths, batch.completion_tokens)
+    old = make_logprobs(MODEL, TEMPERATURE, 64, "none")(base, lora, plan, batch)
     batch = dataclasses.replace(batch, old_logprobs=old)
 
     def loss_at(lora) -> float:
@@ -178,9 +173,8 @@ def test_gradient_matches_a_finite_difference_of_the_loss(base, lora, batch):
 def test_repeated_updates_on_one_batch_lower_the_loss(base, lora, batch):
     """Inner iterations: the first makes old log-probs of its own, later ones are given them."""
     step, optimizer = make_step(num_iterations=3, importance_correction="none")
-    score = make_logprobs(MODEL, TEMPERATURE, 16, "none", 2)
     plan = device_plan(make_plan())
-    old = score(base, lora, plan, batch.tokens, batch.prompt_lengths, batch.completion_tokens)
+    old = make_logprobs(MODEL, TEMPERATURE, 16, "none")(base, lora, plan, batch)
     given = dataclasses.replace(batch, old_logprobs=old)
     own, with_old = (
         step(init_train_state(jax.tree.map(jnp.array, lora), optimizer), base, plan, rows)
@@ -196,19 +190,19 @@ def test_repeated_updates_on_one_batch_lower_the_loss(base, lora, batch):
     assert int(state.step) == 3
 
 
-def test_log_probs_are_the_models_and_without_adapters_the_base_models(base, lora, batch):
-    plan = device_plan(make_plan())
-    rows = (batch.tokens, batch.prompt_lengths, batch.completion_tokens)
-    options = {"temperature": TEMPERATURE, "chunk_tokens": 64, "remat": "none"}
-    score = make_logprobs(MODEL, TEMPERATURE, 16, "none", 4)
-    mask = batch.loss_mask
+def test_log_probs_are_the_models_and_without_adapters_the_base_models(base, lora):
+    plan, batch = device_plan(make_plan()), make_batch(micro_batches=4)
+    assert batch.packing.count > 1
+    score = make_logprobs(MODEL, TEMPERATURE, 16, "none")
     for adapters in ((lora, plan), (None, None)):
-        expected, _ = completion_logprobs(MODEL, base, *adapters, *rows, **options)
-        got = score(base, *adapters, *rows)
-        np.testing.assert_allclose(got * mask, expected * mask, rtol=1e-5, atol=1e-5)
+        expected, _ = completion_logprobs(
+            MODEL, base, *adapters, *make_rows().whole, temperature=TEMPERATURE
+        )
+        got = score(base, *adapters, batch)
+        np.testing.assert_allclose(got, expected * batch.loss_mask, rtol=1e-5, atol=1e-5)
     silent = {m: {"a": ab["a"], "b": jnp.zeros_like(ab["b"])} for m, ab in lora.items()}
     np.testing.assert_allclose(
-        score(base, silent, plan, *rows) * mask, score(base, None, None, *rows) * mask, atol=1e-6
+        score(base, silent, plan, batch), score(base, None, None, batch), atol=1e-6
     )
 
 
@@ -269,7 +263,7 @@ def test_learning_rate_in_use_is_reported(base, lora, batch):
 
 def test_greedy_sampling_is_refused_in_one_line():
     with pytest.raises(ConfigError, match=r"rollout\.temperature must be positive"):
-        make_logprobs(MODEL, 0.0, 16, "none", 1)
+        make_logprobs(MODEL, 0.0, 16, "none")
 
 
 def place(mesh: Mesh, tree: Any, axes: Any) -> Any:
@@ -283,15 +277,16 @@ def place(mesh: Mesh, tree: Any, axes: Any) -> Any:
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-def test_eight_devices_are_one_and_keep_the_state_in_place(base, lora, batch):
+def test_eight_devices_are_one_and_keep_the_state_in_place(base, lora):
     plan = device_plan(make_plan())
-    expected_state, expected = run_once(base, lora, batch, micro_batches=2)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2), jax.devices()[:8])
-    step, optimizer = make_step(micro_batches=2)
+    batch = make_batch(micro_batches=2, shards=batch_shards(mesh))
+    expected_state, expected = run_once(base, lora, batch)
+    step, optimizer = make_step()
     with jax.set_mesh(mesh):
         lora = place(mesh, lora, lora_logical_axes(tuple(lora)))
         base = place(mesh, base, base_logical_axes(MODEL))
-        plan, rows = replicate(mesh, plan), shard_rows(mesh, batch)
+        plan, rows = replicate(mesh, plan), shard_batch(mesh, batch)
         state = init_train_state(lora, optimizer)
         before = jax.tree.map(lambda leaf: leaf.sharding, state)
         state, metrics = step(state, base, plan, rows)

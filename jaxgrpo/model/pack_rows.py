@@ -134,10 +134,13 @@ def packing_shapes(shape: BinShape, shards: int) -> dict[str, tuple[tuple[int, i
 
 
 def _empty(shards: int, shape: BinShape) -> dict[str, np.ndarray]:
-    return {
-        name: np.full(dims, NOWHERE if name in ("row", "member") else 0, dtype)
-        for name, (dims, dtype) in packing_shapes(shape, shards).items()
+    # Zeros cost nothing where nothing is written, as in most bins.
+    arrays = {
+        name: np.zeros(*described) for name, described in packing_shapes(shape, shards).items()
     }
+    for name in ("row", "member"):
+        arrays[name].fill(NOWHERE)
+    return arrays
 
 
 def _rows_of(members: np.ndarray, group_size: int) -> np.ndarray:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config import GrpoConfig, RolloutConfig
+from jaxgrpo.grpo.loss import token_losses, token_weights
 from jaxgrpo.grpo.step import make_gradients
 from jaxgrpo.model import kv_cache
 from jaxgrpo.model.api import (
     Qwen2Config,
-    completion_logprobs,
     device_plan,
     init_base,
     init_lora,
@@ -23,12 +23,11 @@ from jaxgrpo.model.block_statistics import block_sums, kernel_statistics
 from jaxgrpo.model.decode_attention import decode_attention
 from jaxgrpo.model.gated_product import ROWS, gated_product, make_tiles, use_tiles
 from jaxgrpo.model.kv_cache import plain_attention, write_slot
-from jaxgrpo.model.pack_rows import pack_rows
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout import engine
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
-from jaxgrpo.types import TrainBatch
+from tests.rows import completion_logprobs, on_device, random_rows, train_batch
 
 pytestmark = pytest.mark.gpu
 
@@ -150,7 +149,7 @@ def test_sampled_log_probs_equal_the_trainers(monkeypatch, dtype, tolerance):
         rows, lengths = right_padded(tokens, mask, out)
         want, _ = completion_logprobs(
             config, base, lora, plan, rows, lengths, out.tokens, temperature=TEMPERATURE,
-            chunk_tokens=256, remat="none",
+            chunk_tokens=256,
         )  # fmt: skip
     drift = np.abs(np.where(out.mask, out.logprobs - want, 0))
     mean = drift[np.asarray(out.mask)].mean()
@@ -193,44 +192,34 @@ def test_shrinking_samples_the_same_tokens(monkeypatch):
 def test_packed_gradients_of_bfloat16(remat):
     """cuDNN attention, fused adapters and written-out layers against float32 on whole rows."""
     rng = np.random.default_rng(0)
-    prompts, slots = 8, 64
-    lengths = rng.integers(1, WIDTH + 1, prompts * GROUP).astype(np.int32)
-    prompt_lengths = np.repeat(rng.integers(1, slots + 1, prompts), GROUP).astype(np.int32)
-    prompt = np.repeat(rng.integers(0, 1280, (prompts, slots)), GROUP, axis=0)
-    mask = np.arange(WIDTH) < lengths[:, None]
-    completions = (rng.integers(0, 1280, mask.shape) * mask).astype(np.int32)
-    tokens = np.zeros((prompts * GROUP, slots + WIDTH), np.int32)
-    for row, start in enumerate(prompt_lengths):
-        tokens[row, :start] = prompt[row, :start]
-        tokens[row, start : start + WIDTH] = completions[row]
-    order, packing = pack_rows(
-        tokens, prompt_lengths, completions, lengths, group_size=GROUP, micro_batches=2, shards=1,
-        sizes=32,
-    )  # fmt: skip
-    rows = {
-        "tokens": tokens, "prompt_lengths": prompt_lengths, "completion_tokens": completions,
-        "loss_mask": mask.astype(np.float32),
-        "advantages": rng.normal(size=len(lengths)).astype(np.float32),
-        "sampler_logprobs": (-7.0 * mask).astype(np.float32),
-    }  # fmt: skip
-    rows = {name: jnp.asarray(x[order]) for name, x in rows.items()}
-    grpo = GrpoConfig(
-        prompts_per_step=prompts, group_size=GROUP, micro_batches=2, logprob_chunk_tokens=256
-    )
-
-    def run(dtype, remat, batch):
-        config = make_config(dtype)
-        base, lora = make_weights(make_config("float32"))
-        base = jax.tree.map(lambda x: x.astype(config.compute_dtype), base)
-        gradients = make_gradients(
-            config, grpo, TEMPERATURE, WIDTH, remat, objective="grpo", by_kernels=False
+    rows = random_rows(rng, 1280, 8, GROUP, 64, WIDTH)
+    batch = on_device(
+        train_batch(
+            rows, micro_batches=2, sampler_logprobs=-7.0 * rows.mask,
+            advantages=rng.normal(size=len(rows.lengths)).astype(np.float32),
         )
-        return jax.jit(gradients)(lora, base, device_plan(PLAN), batch)[:2]
+    )  # fmt: skip
+    assert batch.packing.count > 1
+    grpo = GrpoConfig(prompts_per_step=8, group_size=GROUP, logprob_chunk_tokens=256)
+    plan = device_plan(PLAN)
+    base, lora = make_weights(make_config("float32"))
+
+    def whole_loss(lora):
+        logprobs, _ = completion_logprobs(
+            make_config("float32"), base, lora, plan, *rows.whole, temperature=TEMPERATURE,
+            chunk_tokens=256,
+        )  # fmt: skip
+        weights = token_weights(grpo.loss, batch.loss_mask, WIDTH)
+        return jnp.sum(weights * token_losses(grpo, logprobs, batch))
 
     with jax.default_matmul_precision("highest"):
-        loss, want = run("float32", "none", TrainBatch(**rows))
-    packed = TrainBatch(**rows, packing=jax.tree.map(jnp.asarray, packing))
-    got_loss, got = run("bfloat16", remat, packed)
+        loss, want = jax.jit(jax.value_and_grad(whole_loss))(lora)
+    config = make_config("bfloat16")
+    gradients = make_gradients(
+        config, grpo, TEMPERATURE, WIDTH, remat, objective="grpo", by_kernels=False
+    )
+    rounded = jax.tree.map(lambda x: x.astype(config.compute_dtype), base)
+    got_loss, got = jax.jit(gradients)(lora, rounded, plan, batch)[:2]
     chex.assert_trees_all_close(got_loss, loss, atol=2e-3)
     for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         error = jnp.linalg.norm(x - y) / jnp.maximum(jnp.linalg.norm(y), 1e-12)

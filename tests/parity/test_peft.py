@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from jaxgrpo.config import MODULES
 from jaxgrpo.model.adapters import save_adapter
-from jaxgrpo.model.api import completion_logprobs, device_plan, init_lora
+from jaxgrpo.model.api import bin_logprobs, device_plan, init_lora
+from jaxgrpo.model.bins import completions_from_bins, put_rows, take_bin
 from jaxgrpo.model.weights import hf_module, load_model
 from jaxgrpo.rank_plan import RankPlan
 from tests.hf_models import make_hf_model
+from tests.rows import make_rows, on_device, train_batch
 
 RTOL = 1e-4  # relative to the largest entry of each array
 LAYERS, PROMPT, WIDTH = 12, 5, 7  # more than ten layers: "layers.1" must not reach layer 11
@@ -47,21 +49,24 @@ def test_logprobs_and_gradients_match_peft(tmp_path, scale_rule):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (3, PROMPT + WIDTH))
     weights = rng.normal(size=(3, WIDTH)).astype(np.float32)
-    prompt_lengths = jnp.full(3, PROMPT)
+    rows = make_rows(list(tokens[:, :PROMPT]), tokens[:, PROMPT:], [WIDTH] * 3, 1, PROMPT)
+    packing = on_device(train_batch(rows, advantages=np.ones(3))).packing
+    assert packing.count == 1
 
     def ours(lora):
-        logprobs, _ = completion_logprobs(
+        only = take_bin(packing, jnp.int32(0))
+        found, _ = bin_logprobs(
             config,
             base,
             lora,
             device_plan(plan),
-            jnp.asarray(tokens),
-            prompt_lengths,
-            jnp.asarray(tokens[:, PROMPT:]),
+            only,
             temperature=0.7,
             chunk_tokens=8,
             remat="full",
         )
+        by_bin_row = completions_from_bins(found, only, WIDTH)
+        logprobs = put_rows(jnp.zeros((3, WIDTH)), by_bin_row, only)
         return jnp.sum(logprobs * weights), logprobs
 
     (_, logprobs), grads = jax.value_and_grad(ours, has_aux=True)(lora)

@@ -190,12 +190,11 @@ def _trl(trainer, config: GrpoConfig, given: Given, with_old: bool):
 
 def _ours(config: GrpoConfig, given: Given, with_old: bool, scored):
     batch = TrainBatch(
-        tokens=jnp.zeros((ROWS, WIDTH + 1), jnp.int32),
-        prompt_lengths=jnp.ones((ROWS,), jnp.int32),
-        completion_tokens=jnp.zeros((ROWS, WIDTH), jnp.int32),
         loss_mask=jnp.asarray(scored["completion_mask"].numpy(), jnp.float32),
         advantages=jnp.asarray(scored["advantages"].numpy()),
         sampler_logprobs=jnp.asarray(given.sampler * given.mask),
+        trained=jnp.ones(ROWS, bool),
+        packing=None,  # type: ignore[arg-type]  # what tokens the rows have is nothing to a loss
         old_logprobs=jnp.asarray(given.old) if with_old else None,
         ref_logprobs=jnp.asarray(given.ref) if config.kl_coef else None,
     )

@@ -2,7 +2,6 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -16,8 +15,8 @@ from jaxgrpo.model.adapters import save_adapter
 from jaxgrpo.model.api import device_plan, init_lora
 from jaxgrpo.model.weights import hf_module, load_model
 from jaxgrpo.rank_plan import RankPlan
-from jaxgrpo.types import TrainBatch
 from tests.hf_models import make_hf_model
+from tests.rows import make_rows, on_device, train_batch
 
 RTOL = 1e-4
 LAYERS, ROWS, PROMPT, WIDTH, TEMPERATURE = 3, 4, 5, 6, 0.8
@@ -41,29 +40,30 @@ def models(tmp_path_factory):
     return config, base, plan, lora, theirs
 
 
-def make_batch(config):
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (ROWS, PROMPT + WIDTH))
-    mask = np.arange(WIDTH) < np.array([[6], [3], [5], [1]])
-    return TrainBatch(
-        tokens=jnp.asarray(tokens),
-        prompt_lengths=jnp.full(ROWS, PROMPT),
-        completion_tokens=jnp.asarray(tokens[:, PROMPT:]),
-        loss_mask=jnp.asarray(mask, jnp.float32),
-        advantages=jnp.asarray([1.0, -0.5, 0.25, 2.0]),
-        sampler_logprobs=jnp.zeros((ROWS, WIDTH)),
-    )
+LENGTHS = (6, 3, 5, 1)
+ADVANTAGES = np.array([1.0, -0.5, 0.25, 2.0], np.float32)
 
 
-def torch_loss(model, batch, objective):
-    tokens = torch.tensor(np.asarray(batch.tokens))
+def make_tokens(config):
+    """Every row with a prompt of its own."""
+    return np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, PROMPT + WIDTH))
+
+
+def make_batch(config, micro_batches=1):
+    tokens = make_tokens(config)
+    rows = make_rows(list(tokens[:, :PROMPT]), tokens[:, PROMPT:], LENGTHS, 1, PROMPT)
+    return on_device(train_batch(rows, micro_batches=micro_batches, advantages=ADVANTAGES))
+
+
+def torch_loss(model, tokens, objective):
+    tokens = torch.tensor(tokens)
     logits = model(input_ids=tokens).logits[:, PROMPT - 1 : -1] / TEMPERATURE
     picked = torch.log_softmax(logits, -1).gather(-1, tokens[:, PROMPT:, None])[..., 0]
-    mask = torch.tensor(np.asarray(batch.loss_mask))
+    mask = torch.arange(WIDTH)[None, :] < torch.tensor(LENGTHS)[:, None]
     if objective == "sft":
         return -(picked * mask).sum() / mask.sum()
     ratio = torch.exp(picked - picked.detach())
-    advantages = torch.tensor(np.asarray(batch.advantages))[:, None]
+    advantages = torch.tensor(ADVANTAGES)[:, None]
     return -(ratio * advantages * mask).sum() / mask.sum()
 
 
@@ -75,7 +75,6 @@ def test_equals_torchs_weight_gradient(models, objective, micro_batches):
         loss="dapo",
         prompts_per_step=1,
         group_size=ROWS,
-        micro_batches=micro_batches,
         importance_correction="none",
         logprob_chunk_tokens=4,
     )
@@ -84,10 +83,11 @@ def test_equals_torchs_weight_gradient(models, objective, micro_batches):
             config, grpo, TEMPERATURE, WIDTH, "full", objective=objective, by_kernels=True
         )
     )
-    batch = make_batch(config)
+    batch = make_batch(config, micro_batches)
+    assert batch.packing.count == micro_batches
     loss, grads, kernel_grads, _, _ = gradients(lora, base, device_plan(plan), batch)
     theirs.zero_grad()
-    their_loss = torch_loss(theirs, batch, objective)
+    their_loss = torch_loss(theirs, make_tokens(config), objective)
     their_loss.backward()
     chex.assert_trees_all_close(float(loss), their_loss.item(), rtol=RTOL)
     norms = layer_grad_norms(grads, device_plan(plan), kernel_grads)["weight"]
