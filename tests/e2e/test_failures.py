@@ -337,7 +337,7 @@ def test_a_loss_that_is_no_number_is_caught_and_its_batch_kept(lab, tmp_path):
     assert [path.name for path in batches] == ["step_000002.safetensors", "step_000004.safetensors"]
     with safe_open(batches[0], "numpy") as file:
         assert file.metadata() == {"trouble": "the loss is nan", "step": "2"}
-        assert {"tokens", "advantages", "packing.rows"} <= set(file.keys())
+        assert {"packing.tokens", "packing.member", "advantages"} <= set(file.keys())
         assert file.get_tensor("advantages").shape == (16,)
     # Its update was left out: the adapter is still made of numbers.
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "numpy") as file:

@@ -202,11 +202,14 @@ def test_prompts_are_padded_on_the_left_to_whole_buckets(tokenizer):
         assert batch.answers[row] == f"#### {batch.indices[row]}"
 
 
-def test_buckets_bound_the_number_of_shapes(tokenizer):
-    prompts = source(tokenizer, range(1, 40), prompt_bucket_tokens=32)
-    shapes = {prompts.batch(0, step, 1).tokens.shape for step in range(39)}
-    assert 1 < len(shapes) <= 3
-    assert all(width % 32 == 0 for _, width in shapes)
+def test_all_batches_of_a_split_are_as_wide_as_its_longest_prompt(tokenizer):
+    """Or a later batch would need programs of its own."""
+    lengths = range(1, 40)
+    prompts = source(tokenizer, lengths, prompt_bucket_tokens=32)
+    batches = [prompts.batch(0, step, 1) for step in range(len(lengths))]
+    longest = max(batch.mask.sum() for batch in batches)
+    assert {batch.tokens.shape for batch in batches} == {(1, -(-longest // 32) * 32)}
+    assert prompts.sequential(0, 4, 4)[0].tokens.shape[1] == batches[0].tokens.shape[1]
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted(tokenizer):
