@@ -154,8 +154,8 @@ def test_no_lengths_nor_flat_groups_compile_anything(base, lora):
     grpo = GrpoConfig(group_size=GROUP, prompts_per_step=PROMPTS, micro_batches=5)
     score = make_logprobs(MODEL, TEMPERATURE, 16, "none")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    rng, plan, bins = np.random.default_rng(0), device_plan(make_plan()), set()
-    state = init_train_state(lora, optimizer)
+    rng, bins = np.random.default_rng(0), set()
+    base, lora, plan = replicate(mesh, (base, lora, device_plan(make_plan())))
 
     def run(state, rows, flat):
         rollout = Rollout(
@@ -167,8 +167,9 @@ def test_no_lengths_nor_flat_groups_compile_anything(base, lora):
         bins.add(int(batch.packing.count))
         return step(state, base, plan, batch)[0]
 
-    state = run(state, some_rows(), flat=0.3)
-    with compilations() as compiled:
+    with jax.set_mesh(mesh):
+        state = run(init_train_state(lora, optimizer), some_rows(), flat=0.3)
+    with jax.set_mesh(mesh), compilations() as compiled:
         for prompt, length, flat in itertools.product((1, SLOTS), (1, WIDTH), (0, 0.5, 1)):
             asked = [np.ones(prompt, int)] * PROMPTS
             rows = PROMPTS * GROUP
