@@ -63,7 +63,7 @@ def run_study(config: StudyConfig, console: Console) -> Results:
         results = collect_results(config)
         files = StudyFiles(config.run_dir)
         atomic_write_json(files.results, results)
-        write_report(dict(results), files.root)
+        write_report(results, files.root)
     print_verdict(results, console)
     console.print(f"report {files.html}", highlight=False)
     return results

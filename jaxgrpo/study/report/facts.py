@@ -3,152 +3,160 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import TypeGuard
+
+import numpy as np
+
+from jaxgrpo.study.result_types import Allocation, Results
 
 NOT_MEASURED = "not measured"
 NONE = "–"
-VIEWS = {
+VIEWS = ("l2", "rank_free", "weight", "rms")
+_NAMES = {
     "l2": "raw L2",
     "rank_free": "rank-free",
     "weight": "full weight",
     "rms": "per parameter",
+    "any": "uniform ranks",
+    "constant": "constant: alpha/r kept",
+    "rslora": "rslora: alpha/√r",
+    "alpha_over_r": "alpha_over_r: alpha kept",
+    "both": "A and B",
+    "W": "the frozen weight",
+    "grpo": "GRPO",
+    "sft": "SFT",
 }
-OBJECTIVES = {"grpo": "GRPO", "sft": "SFT"}
+
+
+def named(key: str) -> str:
+    """A view, scale rule, matrix or objective in words."""
+    return _NAMES.get(key, key)
 
 
 def in_order(names: Iterable[str], order: Collection[str]) -> list[str]:
     """Each name once, in that order; those that it does not hold come last."""
     distinct = dict.fromkeys(names)
-    return [name for name in order if name in distinct] + [
-        name for name in distinct if name not in order
-    ]
+    rest = [name for name in distinct if name not in order]
+    return [name for name in order if name in distinct] + rest
 
 
-def known(value: Any) -> bool:
+def known(value: float | None) -> TypeGuard[float]:
     """Neither missing, nor nan, nor infinite."""
     return value is not None and math.isfinite(value)
 
 
-def percent(value: float | None, missing: str = NOT_MEASURED, decimals: int = 1) -> str:
-    return f"{100 * value:.{decimals}f} %" if value is not None and known(value) else missing
+def finite(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if known(value)]
 
 
-def decimal(value: float | None, missing: str = NOT_MEASURED, places: int = 2) -> str:
-    return f"{value:.{places}f}" if value is not None and known(value) else missing
+def mean(values: Iterable[float | None]) -> float | None:
+    usable = finite(values)
+    return sum(usable) / len(usable) if usable else None
 
 
-def signed(value: float | None, missing: str = NONE, places: int = 2) -> str:
-    if value is None or not known(value):
-        return missing
+def decimal(value: float | None, places: int = 2, missing: str = NONE) -> str:
+    return f"{value:.{places}f}" if known(value) else missing
+
+
+def percent(value: float | None, missing: str = NOT_MEASURED) -> str:
+    return f"{100 * value:.1f} %" if known(value) else missing
+
+
+def signed(value: float | None, places: int = 2) -> str:
+    if not known(value):
+        return NONE
     rounded = round(value, places) or 0.0
     return f"{rounded:{'+' if rounded else ''}.{places}f}".replace("-", "−")
 
 
-def count(value: float | None, missing: str = NOT_MEASURED) -> str:
-    return f"{value:,.0f}" if value is not None and known(value) else missing
+def points(difference: float | None) -> str:
+    """A fraction in percentage points, with its sign."""
+    return signed(100 * difference, 1) if known(difference) else NONE
+
+
+def count(value: float | None) -> str:
+    return f"{value:,.0f}" if known(value) else NONE
 
 
 def p_value(p: float | None) -> str:
-    if p is None or not known(p):
-        return NONE
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return NONE if not known(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def small(value: float | None, missing: str = NOT_MEASURED) -> str:
-    """Three digits, whatever the size."""
-    return f"{value:.3g}".replace("-", "−") if value is not None and known(value) else missing
+def hundred(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
 
 
-def span(low: float | None, high: float | None, places: int = 1, sign: bool = False) -> str:
-    if low is None or high is None or not (known(low) and known(high)):
-        return NONE
-    write = signed if sign else decimal
-    return f"{write(low, NONE, places)} to {write(high, NONE, places)}"
+def span(low: float | None, high: float | None, write: Callable[[float], str] = decimal) -> str:
+    return f"{write(low)} to {write(high)}" if known(low) and known(high) else NONE
 
 
-def duration(seconds: float | None) -> str:
-    if seconds is None or not known(seconds):
-        return NOT_MEASURED
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def times(values: Any, factor: float) -> float | None:
-    return None if values is None else factor * values
-
-
-def view_name(view: str) -> str:
-    return VIEWS.get(view, view)
-
-
-def profile_views(results: dict) -> list[str]:
-    """Views that any profile has measured, raw first."""
-    return in_order((v for profile in results["profiles"] for v in profile["views"]), VIEWS)
-
-
-def objective_name(objective: str) -> str:
-    return OBJECTIVES.get(objective, objective)
-
-
-def distinct_allocations(results: dict) -> list[dict]:
+def distinct_allocations(results: Results) -> list[Allocation]:
     """Plans with the same layer ranks are one: most do not depend on the scale rule."""
-    found: dict[tuple[float, ...], list[dict]] = {}
+    found: dict[tuple[float, ...], list[Allocation]] = {}
     for entry in results["allocations"]:
         found.setdefault(tuple(entry["layer_ranks"]), []).append(entry)
-    merged = []
-    for ranks, entries in found.items():
-        name = entries[0]["plan"]
-        if len(entries) > 1:
-            # All of a kind, whose names differ after the first comma: "proportional ×3".
-            short = {entry["plan"].split(",")[0] for entry in entries}
-            name = f"{', '.join(sorted(short))} ×{len(entries)}"
-        merged.append({"plan": name, "layer_ranks": list(ranks), "note": entries[0]["note"]})
+    merged: list[Allocation] = []
+    for entries in found.values():
+        # All of a kind, whose names differ after the first comma: "proportional ×3".
+        short = ", ".join(sorted({entry["plan"].split(",")[0] for entry in entries}))
+        name = entries[0]["plan"] if len(entries) == 1 else f"{short} ×{len(entries)}"
+        merged.append({**entries[0], "plan": name})
     return merged
 
 
-def answers(results: dict) -> list[tuple[str, list[str]]]:
-    """The two questions' answers: (topic, sentences), the first sentence being the answer."""
-    accuracy, about_rank = (
-        [part for sentence in results[key] for part in _sentences(sentence)]
-        for key in ("verdict", "amplification_verdict")
-    )
-    if not about_rank:
-        about_rank = ["Whether a layer's rank draws gradient to it is not measured yet."]
-    return [("Accuracy", accuracy), ("Gradient amplification", about_rank)]
+def answer(said: list[str]) -> tuple[str, str]:
+    """The first sentence, and the rest; both empty where nothing is said."""
+    head, stop, rest = " ".join(said).partition(". ")
+    return head + stop.strip(), rest
 
 
-def _sentences(text: str) -> list[str]:
-    """The answer, and the numbers behind it where they are in the same string."""
-    head, stop, tail = text.partition(". ")
-    return [head + stop.strip(), tail] if tail else [text]
-
-
-def progress(results: dict) -> str:
+def progress(results: Results) -> str:
     done = sum(arm["accuracy"] is not None for arm in results["arms"])
-    return f"{done} of {len(results['arms'])} arms finished"
+    return f"{done} of {len(results['arms'])} arms"
 
 
-def key_figures(results: dict) -> list[tuple[str, str]]:
+def key_figures(results: Results) -> list[tuple[str, str]]:
     """What a hurried reader takes along, name and value."""
-    arms = results["arms"]
-    uniform = next((arm for arm in arms if arm["plan"] == "uniform"), None)
-    figures = []
-    if results["base"]:
-        figures.append(("base model", percent(results["base"]["accuracy"])))
-    if uniform is not None:
-        figures.append(("uniform ranks", percent(uniform["accuracy"])))
-    compared = [arm for arm in arms if arm["versus"] and known(arm["versus"]["difference"])]
-    if compared:
-        best = max(compared, key=lambda arm: arm["versus"]["difference"])
-        points = signed(100 * best["versus"]["difference"], places=1)
-        figures.append((f"best other plan, {best['name']}", f"{points} points"))
-    detectable = results["minimum_detectable_effect"]
-    if detectable is not None:
-        figures.append(("smallest detectable difference", f"{100 * detectable:.1f} points"))
-    done = sum(arm["accuracy"] is not None for arm in arms)
-    figures.append(("arms finished", f"{done} of {len(arms)}"))
-    return figures
+    base, residual, smallest = results["base"], results["residual"], results["detectable"]
+    figures = [("base model", percent(base["accuracy"]))] if base else []
+    for arm in results["arms"][:1]:
+        figures.append((arm["name"], percent(arm["accuracy"])))
+    if residual is not None:
+        spread = f"{100 * residual['sd']:.1f} points, {residual['df']} df"
+        figures.append(("sd of a run by itself", spread))
+    if smallest is not None:
+        figures.append(("smallest detectable difference", f"{100 * smallest['value']:.1f} points"))
+    for one in results["contrasts"][:1]:
+        figures.append(("margin", f"±{100 * one['margin']:g} points"))
+    return [*figures, ("finished", progress(results))]
+
+
+def convergence(results: Results) -> str:
+    """Whether the reward had stopped rising when training ended, in a sentence.
+
+    The last quarter of the steps against the quarter before, steps taken as independent.
+    """
+    rises = []
+    for arm in results["arms"]:
+        values = np.array(arm["reward"].get("mean", []), float)
+        quarter = len(values) // 4
+        if quarter >= 2 and np.isfinite(values[-2 * quarter :]).all():
+            before, last = values[-2 * quarter : -quarter], values[-quarter:]
+            error = math.sqrt((last.var(ddof=1) + before.var(ddof=1)) / quarter)
+            rises.append((float(last.mean() - before.mean()), error))
+    if not rises:
+        return ""
+    rising = sum(gain > 2 * error for gain, error in rises)
+    gains = [gain for gain, _ in rises]
+    change = f"{signed(min(gains), 3)} to {signed(max(gains), 3)}"
+    basis = (
+        f"(last quarter of the steps less the quarter before: {change} over {len(rises)} arms; "
+        "counted as a rise above two standard errors over steps)"
+    )
+    if not rising:
+        return f"At the end no arm's reward rises measurably any more {basis}."
+    return (
+        f"Training has not converged: the reward still rises in {rising} of {len(rises)} arms "
+        f"{basis}. Arms are compared by how fast they learn, not by where they would end."
+    )

@@ -2,196 +2,201 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import numpy as np
 
-from jaxgrpo.study.report.facts import (
-    NONE,
-    NOT_MEASURED,
-    count,
-    decimal,
-    distinct_allocations,
-    duration,
-    known,
-    objective_name,
-    p_value,
-    percent,
-    signed,
-    small,
-    span,
-    times,
-    view_name,
-)
+from jaxgrpo.stats import RunLayout
+from jaxgrpo.study.report import facts
+from jaxgrpo.study.report.document import Table
+from jaxgrpo.study.report.facts import NONE, decimal, mean, percent, points, signed, span
+from jaxgrpo.study.result_types import Contrast, DesignResult, Results
+
+_ESTIMATE = ("points", "interval", "its level", "df", "p")
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of finished text.
-
-    Attributes:
-        texts: how many of the first columns are words, hence set to the left.
-    """
-
-    headings: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    texts: int = 1
-
-
-def accuracy_table(results: dict) -> Table:
-    headings = ("arm", "accuracy", "95 % interval, %", "single seeds, %", "difference, points")
-    headings += ("95 % interval, points", "p", "p (Holm)", "ranks", "parameters")
+def accuracy_table(results: Results) -> Table:
+    headings = ("arm", "accuracy", "95 % interval, %", "ranks", "sum of ranks", "parameters")
     rows = []
     for arm in results["arms"]:
-        versus = arm["versus"] or {}
-        seeds = ", ".join(f"{100 * value:.1f}" for value in arm["per_seed"]) or NONE
-        low, high = times(versus.get("low"), 100), times(versus.get("high"), 100)
-        difference = signed(times(versus.get("difference"), 100), places=1)
-        if arm["plan"] == "uniform" and not versus and arm["accuracy"] is not None:
-            difference = "reference"
-        rows.append(
-            (
-                arm["name"],
-                percent(arm["accuracy"]),
-                span(times(arm["low"], 100), times(arm["high"], 100)),
-                seeds,
-                difference,
-                span(low, high, sign=True),
-                p_value(versus.get("p")),
-                p_value(versus.get("p_holm")),
-                _rank_range(arm),
-                count(arm["trainable_parameters"], NONE),
-            )
-        )
+        interval = span(arm["low"], arm["high"], facts.hundred)
+        ends = dict.fromkeys(facts.finite([arm["rank_min"], arm["rank_max"]]))
+        ranks = " to ".join(f"{end}" for end in ends) or NONE
+        sizes = (facts.count(arm["total_rank"]), facts.count(arm["trainable_parameters"]))
+        rows.append((arm["name"], percent(arm["accuracy"]), interval, ranks, *sizes))
     base = results["base"]
     if base:
-        interval = span(times(base["low"], 100), times(base["high"], 100))
-        blank = (NONE,) * (len(headings) - 4)
-        rows.append(("base model, untrained", percent(base["accuracy"]), interval, NONE, *blank))
-    return Table(headings, rows)
+        interval = span(base["low"], base["high"], facts.hundred)
+        accuracy = percent(base["accuracy"])
+        rows.append(("base model, untrained", accuracy, interval, NONE, NONE, NONE))
+    return Table("Accuracy per arm", headings, rows)
 
 
-def slope_table(results: dict) -> Table:
-    headings = ("view", "scale rule", "slope", "95 % interval", "predicted", "prediction lies")
+def seed_table(results: Results) -> Table:
+    """Runs of one seed beside each other, then paired; in a factorial a seed is a block."""
+    arms = [arm for arm in results["arms"] if arm["per_seed"]]
+    if not arms:
+        return Table("", (), [])
+    seeds, rates, measured = (arms[0][key] for key in ("seeds", "learning_rates", "per_seed"))
+    names = [
+        f"seed {seed}" + (f", rate {rate:g}" if len(set(rates)) > 1 else "")
+        for seed, rate, _ in zip(seeds, rates, measured, strict=False)
+    ]
+    rows = [(f"{arm['name']}, %", *(decimal(100 * x, 1) for x in arm["per_seed"])) for arm in arms]
+    for found in results["contrasts"]:
+        differences = (points(value) for value in found["per_seed"])
+        rows.append((f"{found['name']}, points", *differences))
+    return Table("Run by run", ("arm or difference", *names), rows)
+
+
+def contrast_table(results: Results) -> Table:
+    headings = ("difference", "verdict", *_ESTIMATE, "p (Holm)", "p, these models", "detectable")
+    rows = []
+    for found in results["contrasts"]:
+        holm = "primary" if found["family"] == "primary" else facts.p_value(found["p_holm"])
+        size = found["detectable"]
+        rest = (facts.p_value(found["fixed_models"]["p"]), decimal(size and 100 * size, 1))
+        rows.append((found["name"], found["verdict"], *_estimate(found), holm, *rest))
+    return Table("Differences, the run being the unit", headings, rows, texts=2)
+
+
+def _estimate(found: Contrast) -> tuple[str, ...]:
+    interval = span(found["low"], found["high"], points)
+    df = NONE if found["df"] is None else f"{found['df']:.3g}"
+    level = f"{100 * found['confidence']:.4g} %"
+    return (points(found["difference"]), interval, level, df, facts.p_value(found["p"]))
+
+
+def measure_table(results: Results) -> Table:
+    """Every decoding and answer rule, with what was cut off and how long completions are."""
+    arms = [arm for arm in results["arms"] if arm["measures"]]
+    headings: dict[str, None] = {}
+    cells = []
+    for arm in arms:
+        found = {}
+        for one in arm["measures"]:
+            how = one["decoding"]
+            found[f"{how}, {one['answer']}"] = percent(mean(one["per_seed"]), NONE)
+            found[f"{how}, cut off"] = percent(mean(one["clipped_ratio"]), NONE)
+            found[f"{how}, tokens"] = decimal(mean(one["mean_length"]), 0)
+        headings |= dict.fromkeys(found)
+        cells.append(found)
+    rows = [
+        (arm["name"], *(found.get(name, NONE) for name in headings))
+        for arm, found in zip(arms, cells, strict=True)
+    ]
+    caption = "Accuracy by decoding and answer rule, completions cut at the limit, mean length"
+    return Table(caption, ("arm", *headings), rows)
+
+
+def look_table(design: DesignResult) -> Table:
+    headings = ("look at blocks", "finished", "differs at", "equivalent at", "outcome")
+    rows = []
+    for look in design["looks"]:
+        bounds = (f"p ≤ {look[at]:.4f}" for at in ("differs_at", "equivalent_at"))
+        words = {True: "decided", False: "not decided", None: "not all runs are there"}
+        said = words[look["decided"]]
+        rows.append((str(look["blocks"]), str(look["finished"]), *bounds, said))
+    return Table("Looks and their bounds", headings, rows)
+
+
+def interaction_table(design: DesignResult) -> Table:
+    rows = [(found["name"], *_estimate(found)) for found in design["interactions"]]
+    caption = "Does a difference depend on the learning rate? Points per doubling"
+    return Table(caption, ("contrast", *_ESTIMATE), rows)
+
+
+def part_table(results: Results) -> Table:
+    headings = ("scale rule", "gradient of", "phase", "slope", "95 %, randomisation")
     rows = []
     for entry in results["amplification"]:
-        inside = entry["low"] <= entry["predicted"] <= entry["high"]
-        rows.append(
-            (
-                view_name(entry["view"]),
-                entry["scale_rule"],
-                signed(entry["slope"]),
-                span(entry["low"], entry["high"], 2, sign=True),
-                signed(entry["predicted"], places=1),
-                "inside the interval" if inside else "outside the interval",
+        for part in entry["parts"]:
+            intervals = (
+                span(part["low"], part["high"], signed),
+                span(part["cr1_low"], part["cr1_high"], signed),
             )
-        )
-    return Table(headings, rows, texts=2)
+            where = (entry["scale_rule"], facts.named(part["matrix"]), part["phase"])
+            rows.append((*where, signed(part["slope"]), *intervals, part["verdict"]))
+    headings = (*headings, "95 %, CR1 over layers", "follows rank")
+    return Table("Slopes by phase and matrix", headings, rows, texts=3)
 
 
-def concentration_table(results: dict) -> Table:
+def spread_table(results: Results) -> Table:
+    """Largest over smallest layer share, of a run and of the uniform run beside it."""
+    headings = ("run", "first third", "middle third", "last third", "all steps")
+    rows = []
+    for found in results["spread"]:
+        pairs = zip(found["own"], found["uniform"], strict=True)
+        rows.append((found["run"], *(f"{decimal(own)} ({decimal(at)})" for own, at in pairs)))
+    return Table("Largest over smallest layer share (the uniform run's own)", headings, rows)
+
+
+def concentration_table(results: Results) -> Table:
     """How unevenly the gradient is spread over layers, per profile and view."""
-    headings = ("profile", "view", "largest / smallest share", "95 % interval")
-    headings += ("top layers hold", "95 % interval, %", "early/late correlation")
+    headings = ("profile", "view", "largest / smallest share", "95 % interval", "top layers hold")
     rows = []
     for profile in results["profiles"]:
         for view, found in profile["views"].items():
             ratio, top = found["max_min"], found["top_share"]
-            rows.append(
-                (
-                    objective_name(profile["objective"]),
-                    view_name(view),
-                    decimal(ratio["value"], "infinite"),
-                    span(ratio["low"], ratio["high"], 2),
-                    f"{percent(top['value'])} ({top['layers']} of {profile['layers']})",
-                    span(times(top["low"], 100), times(top["high"], 100)),
-                    decimal(found["early_late_correlation"], "not defined", 3),
-                )
-            )
-    return Table(headings, rows, texts=2)
+            name = (facts.named(profile["objective"]), facts.named(view))
+            spread = (decimal(ratio["value"], 2, "infinite"), span(ratio["low"], ratio["high"]))
+            held = f"{percent(top['value'])} ({top['layers']} of {profile['layers']})"
+            alike = decimal(found["early_late_correlation"], 3, "not defined")
+            rows.append((*name, *spread, held, span(top["low"], top["high"], facts.hundred), alike))
+    headings = (*headings, "95 % interval, %", "early/late correlation")
+    return Table("How unevenly the gradient is spread", headings, rows, texts=2)
 
 
-def share_table(results: dict) -> Table:
-    """Each layer's share in per cent with its interval; a column per profile and view."""
-    columns = [
-        (f"{objective_name(profile['objective'])}, {view_name(view)}", found)
-        for profile in results["profiles"]
-        for view, found in profile["views"].items()
-    ]
-    layers = max((profile["layers"] for profile in results["profiles"]), default=0)
+def allocation_table(results: Results) -> Table:
+    headings = ("plan", "mean rank of layers 0, 1, 2, ...", "note")
     rows = []
-    for layer in range(layers):
-        cells = []
-        for _, found in columns:
-            low, high = (times(found[side][layer], 100) for side in ("low", "high"))
-            share = decimal(times(found["share"][layer], 100), NONE)
-            cells.append(f"{share} ({span(low, high, 2)})")
-        rows.append((str(layer), *cells))
-    return Table(("layer", *(f"{name}, %" for name, _ in columns)), rows)
-
-
-def allocation_table(results: dict) -> Table:
-    rows = []
-    for entry in distinct_allocations(results):
+    for entry in facts.distinct_allocations(results):
         ranks = " ".join(f"{rank:.1f}".removesuffix(".0") for rank in entry["layer_ranks"])
         rows.append((entry["plan"], ranks, entry["note"] or NONE))
-    return Table(("plan", "mean rank of layers 0, 1, 2, ...", "note"), rows, texts=3)
+    return Table("Ranks", headings, rows, texts=3, wraps=True)
 
 
-def training_table(results: dict) -> Table:
-    """Where the curves begin and end: means of the first and last tenth of the steps."""
-    headings = ("arm", "steps", "reward, first tenth", "reward, last tenth", "drift, last tenth")
+def training_table(results: Results) -> Table:
+    headings = ("arm", "reward, last quarter", "less the first arm's, 95 % interval", "KL to base")
+    headings += ("drift", "steps clipped", "learning rate", "speed", "seeds", "time, s", "tokens/s")
+    against = _reward_differences(results)
     rows = []
     for arm in results["arms"]:
-        reward, drift = arm["reward"]["mean"], arm["drift"]["mean"]
-        tenth = max(1, len(reward) // 10)
-        rows.append(
-            (
-                arm["name"],
-                count(len(reward)) if reward else NOT_MEASURED,
-                decimal(_mean(reward[:tenth]), NONE, 3),
-                decimal(_mean(reward[-tenth:]), NONE, 3),
-                small(_mean(drift[-tenth:]), NONE),
-            )
-        )
-    return Table(headings, rows)
-
-
-def _mean(values: list[float]) -> float | None:
-    usable = [value for value in values if known(value)]
-    return sum(usable) / len(usable) if usable else None
-
-
-def cost_table(results: dict) -> Table:
-    headings = ("arm", "seeds", "parameters", "sum of ranks", "training time", "tokens", "tokens/s")
-    rows = [
-        (
-            arm["name"],
+        clipped = percent(mean(arm["gradient_clipped"]), NONE)
+        rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(arm["learning_rates"])) or NONE
+        cost = (
             str(len(arm["seeds"])),
-            count(arm["trainable_parameters"]),
-            count(arm["total_rank"]),
-            duration(arm["seconds"]),
-            count(arm["tokens"]),
-            count(arm["tokens_per_s"]),
+            decimal(mean([arm["seconds"]]), 0),
+            facts.count(arm["tokens_per_s"]),
         )
-        for arm in results["arms"]
-    ]
-    return Table(headings, rows)
+        reward = decimal(mean(arm["reward_last_quarter"]), 3)
+        found = (reward, against.get(arm["name"], NONE), decimal(mean(arm["kl_last_quarter"]), 4))
+        drift = decimal(mean(arm["drift"].get("mean", [])), 4)
+        rows.append((arm["name"], *found, drift, clipped, rates, decimal(arm["speed"]), *cost))
+    return Table("Training per arm", headings, rows)
 
 
-def paper_table(results: dict) -> Table:
-    rows = [
-        (row["quantity"], row["paper"], row["ours"], row["note"] or NONE)
-        for row in results["paper"]
-    ]
-    return Table(("quantity", "the paper", "here", "note"), rows, texts=4)
+def _reward_differences(results: Results) -> dict[str, str]:
+    """Arm -> last quarter's reward less the first arm's, the run being the unit."""
+    arms = [arm for arm in results["arms"] if arm["reward_last_quarter"]]
+    if len(arms) < 2 or len({len(arm["reward_last_quarter"]) for arm in arms}) > 1:
+        return {}
+    layout = RunLayout(np.array([arm["reward_last_quarter"] for arm in arms])[:, :, None])
+    if layout.residual is None:
+        return {}
+    found = {}
+    for place, arm in enumerate(arms[1:], start=1):
+        weights = np.zeros(len(arms))
+        weights[[0, place]] = -1.0, 1.0
+        difference = layout.contrast(weights.tolist()).interval()
+        ends = span(difference.low, difference.high, lambda end: signed(end, 3))
+        found[arm["name"]] = f"{signed(difference.value, 3)} ({ends})"
+    return found
 
 
-def pair_table(pairs: dict[str, Any], heading: str) -> Table:
-    return Table((heading, "value"), [(key, str(value)) for key, value in pairs.items()], texts=2)
+def paper_table(results: Results) -> Table:
+    headings = ("quantity", "the paper", "here", "note")
+    rows = [(r["quantity"], r["paper"], r["ours"], r["note"] or NONE) for r in results["paper"]]
+    return Table("Paper and here", headings, rows, texts=4, wraps=True)
 
 
-def _rank_range(arm: dict) -> str:
-    low, high = arm["rank_min"], arm["rank_max"]
-    if low is None or high is None:
-        return NONE
-    return f"{low}" if low == high else f"{low} to {high}"
+def pair_table(caption: str, pairs: dict[str, str], heading: str) -> Table:
+    return Table(caption, (heading, "value"), list(pairs.items()), texts=2, wraps=True)
