@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxgrpo.config import ConfigError
+from jaxgrpo.study.budget import largest_within
 
 
 def triplet_scores(a_score: np.ndarray, b_score: np.ndarray, e_score: np.ndarray) -> np.ndarray:
@@ -35,7 +36,7 @@ def budget_at(
     t_final: int,
     delta_t: int = 1,
 ) -> tuple[int, bool]:
-    """The sum of ranks allowed at `step`, and whether ranks are chosen anew there (§3.3).
+    """What the ranks may cost at `step`, and whether they are chosen anew there (§3.3).
 
     `initial` up to and at t_init, then target + (initial - target) * (1 - progress)^3 rounded down,
     chosen anew at multiples of delta_t, and `target` once step > total_steps - t_final. Ranks are
@@ -58,22 +59,31 @@ def budget_at(
     return int((initial - target) * left**3 + target), step % delta_t == 0
 
 
-def select(scores: Mapping[str, np.ndarray], budget: int) -> dict[str, np.ndarray]:
-    """Keeps exactly the `budget` best ranks of all modules and layers: module -> bool [L, R].
+def select(
+    scores: Mapping[str, np.ndarray], budget: int, costs: Mapping[str, int] | None = None
+) -> dict[str, np.ndarray]:
+    """Keeps the best ranks of all modules and layers that cost the budget: module -> bool [L, R].
 
-    Equal scores: the first in the mapping's order, then layer, then rank. (PEFT's threshold drops
-    every rank that ties with the first one out, and so may keep fewer.)
+    The authors count ranks; with `costs`, what a rank of each module costs, the budget is spent to
+    the unit, or to the most below it that whole ranks can cost (`largest_within`). Equal scores:
+    the first in the mapping's order, then layer, then rank. (PEFT's threshold drops every rank that
+    ties with the first one out, and so may keep fewer.) Ranks with a negative score never stay.
     """
-    total = sum(score.size for score in scores.values())
-    if not 0 <= budget <= total:
-        raise ConfigError(
-            f"adalora: a budget of {budget} is not in 0..{total}, the ranks there are"
-        )
     pooled = np.concatenate([np.zeros(0), *(score.ravel() for score in scores.values())])
+    prices = np.repeat(
+        [1 if costs is None else costs[module] for module in scores],
+        [score.size for score in scores.values()],
+    )
+    alive = pooled >= 0
+    total = int(prices[alive].sum())
     if not np.isfinite(pooled).all():
         raise ConfigError("adalora: scores must be finite")
-    kept = np.zeros(total, bool)
-    kept[np.argsort(-pooled, kind="stable")[:budget]] = True
+    if not 0 <= budget <= total:
+        raise ConfigError(
+            f"adalora: a budget of {budget} is not in 0..{total}, what the ranks there are cost"
+        )
+    kept = np.zeros(len(pooled), bool)
+    kept[alive] = largest_within(pooled[alive], prices[alive], budget)
     masks, start = {}, 0
     for module, score in scores.items():
         masks[module] = kept[start : start + score.size].reshape(score.shape)

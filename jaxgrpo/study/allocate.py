@@ -14,7 +14,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jaxgrpo.config import MODULES, ConfigError, ScaleRule, suggestion
-from jaxgrpo.study.budget import Budget, Slots, apportion, check_limits, reachable
+from jaxgrpo.study.budget import (
+    Budget,
+    Slots,
+    apportion,
+    check_limits,
+    largest_within,
+    reachable,
+    unreachable,
+)
 
 Combine = Literal["root_sum_square", "sum"]
 
@@ -303,12 +311,14 @@ def eva(problem: Problem, rho: float = 2.0) -> np.ndarray:
     Importance is module -> [L, R], the ratios of the layer input's principal components, falling;
     modules with a common input (q, k, v; gate, up) bring equal ones. An adapter gets at most
     round(rho * mean rank). Ties go to the earlier module, then layer; `min_rank` is granted first.
+    The authors count ranks. A budget of parameters is spent on the same pool, largest first, until
+    it is used up (`largest_within`). EVA's initialisation of A is not part of it.
     """
     budget, values = problem.budget, problem.values
-    if (budget.unit, budget.granularity) != ("ranks", "module"):
+    if budget.granularity != "module":
         raise ConfigError(
             "allocation method 'eva' pools the components of single adapters: it needs a budget "
-            "with unit='ranks' and granularity='module'"
+            "with granularity='module'"
         )
     if not rho >= 1:
         raise ConfigError(f"allocation: rho must be at least 1, got {rho}")
@@ -316,16 +326,20 @@ def eva(problem: Problem, rho: float = 2.0) -> np.ndarray:
         raise ConfigError("allocation: explained variance ratios must fall along the components")
     slots = problem.slots
     ratios = values.reshape(len(slots.costs), -1)
-    cap = min(round(rho * budget.total / len(ratios)), ratios.shape[1])
+    mean = budget.total / int(slots.costs.sum())
+    cap = min(round(rho * mean), ratios.shape[1])
     slots = Slots(slots.costs, slots.low, np.minimum(slots.high, cap), slots.name)
     check_limits(slots, budget.total, budget.unit)
     component = np.arange(ratios.shape[1])
     open_ = (component >= slots.low[:, None]) & (component < slots.high[:, None])
-    # Stable, and within an adapter falling: what is taken of it is a prefix.
     pool = np.flatnonzero(open_.ravel())
-    pool = pool[np.argsort(-ratios.ravel()[pool], kind="stable")]
-    taken = pool[: budget.total - slots.limits()[0]] // ratios.shape[1]
-    return slots.low + np.bincount(taken, minlength=len(ratios))
+    owners = pool // ratios.shape[1]
+    # Ties go to the first, and ratios fall within an adapter: what is taken of it is a prefix.
+    costs = slots.costs[owners]
+    taken = largest_within(ratios.ravel()[pool], costs, budget.total - slots.limits()[0])
+    if slots.limits()[0] + int(costs[taken].sum()) != budget.total:
+        raise ConfigError(unreachable(slots, budget.total, budget.unit))
+    return slots.low + np.bincount(owners[taken], minlength=len(ratios))
 
 
 def equalised(

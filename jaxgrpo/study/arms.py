@@ -6,6 +6,7 @@ on and a finished one only rebuilds its report, without jax.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxgrpo.config import Config
 from jaxgrpo.config_files import dump_config
 from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json, atomic_write_text
-from jaxgrpo.study.budget import Unit
+from jaxgrpo.study.allocate import spent
 from jaxgrpo.study.config import (
     DYNAMIC,
     FROM_CALIBRATION,
@@ -25,7 +26,7 @@ from jaxgrpo.study.config import (
     StudyFiles,
     list_arms,
 )
-from jaxgrpo.study.planner import Planner, unit_of
+from jaxgrpo.study.planner import Planner
 from jaxgrpo.study.printing import print_verdict
 from jaxgrpo.study.report import write_report
 from jaxgrpo.study.result_types import Results
@@ -143,6 +144,7 @@ class Runner:
         self.check_budgets(arms, arm_configs(self.config))
         for number in range(len(arms)):
             self.arm(number)
+        self.check_spent(arms)
 
     def arm(self, number: int) -> None:
         """Trains one of `list_arms`, unless it is done."""
@@ -163,14 +165,13 @@ class Runner:
     def check_budgets(self, arms: list[Arm], configs: list[Config]) -> None:
         """Prints the realised ranks and asserts that arms of one mean rank cost the same.
 
-        Those of `reduced` and of plans that move are spent differently by design.
+        Those of `reduced` are spent differently by design, those of plans that move in the end.
         """
         table = Table(title="arms: realised ranks", title_justify="left")
         table.add_column("arm", no_wrap=True)
         for heading in ("ranks", "smallest", "largest", "parameters"):
             table.add_column(heading, justify="right")
         shapes = self.planner.shapes
-        spent: dict[tuple[int, Unit], int] = {}
         for arm, config in zip(arms, configs, strict=True):
             plan = make_rank_plan(config.lora, self.planner.layers)
             parameters = plan.trainable_parameters(shapes)
@@ -184,8 +185,23 @@ class Runner:
             )
             if arm.plan in DYNAMIC or arm.plan == "reduced":
                 continue
-            unit = unit_of(arm.plan, self.config.study.allocation)
-            cost = parameters if unit == "parameters" else plan.total_rank
-            first = spent.setdefault((arm.mean_rank, unit), cost)
-            assert cost == first, f"arm {arm.name} costs {cost} {unit}, the others {first}"
+            budget = self.planner.budget(arm.mean_rank, "module")
+            cost = spent(plan.ranks, shapes, budget.unit)
+            assert cost == budget.total, f"arm {arm.name} costs {cost}, not {budget.total}"
         self._console.print(table)
+
+    def check_spent(self, arms: list[Arm]) -> None:
+        """Says which of the plans that move or are cut did not end at what the others cost."""
+        for arm in arms:
+            if arm.plan not in DYNAMIC:
+                continue
+            budget = self.planner.budget(arm.mean_rank, "module")
+            summary = RunDirectory(self.files.arm(arm)).summary
+            ranks = json.loads(summary.read_text(encoding="utf-8"))["plan"]["ranks"]
+            ended = {module: np.asarray(values) for module, values in ranks.items()}
+            cost = spent(ended, self.planner.shapes, budget.unit)
+            if cost != budget.total:
+                self._console.print(
+                    f"[yellow]warning:[/] {arm.name} ended at {cost:,} {budget.unit}, the others "
+                    f"have {budget.total:,}"
+                )

@@ -110,7 +110,7 @@ def apportion(
         total,
     )
     if totals is None:
-        raise ConfigError(_unreachable(slots, total, unit))
+        raise ConfigError(unreachable(slots, total, unit))
     ranks = np.zeros(len(ratios), np.int64)
     for m, count in zip(members, totals, strict=True):
         low, high = slots.low[m], slots.high[m]
@@ -119,6 +119,40 @@ def apportion(
             water_fill(ratios[m], alike, count), order[m], low, high, count
         )
     return ranks
+
+
+def largest_within(values: np.ndarray, costs: np.ndarray, total: int) -> np.ndarray:
+    """The largest values that cost exactly `total`, or the most below it that any of them can.
+
+    One threshold for all leaves a rest that no further value fits into. So there is one threshold
+    for the values of each price, as few values off the common one as spending the rest takes.
+
+    Args:
+        values: [n]; of equal ones the first is taken.
+        costs: [n], positive whole numbers.
+
+    Returns:
+        bool [n].
+    """
+    if not len(values):
+        return np.zeros(0, bool)
+    slots = Slots(costs, np.zeros_like(costs), np.ones_like(costs))
+    most, _ = reachable(slots, min(total, int(costs.sum())))
+    order = np.argsort(-values, kind="stable")
+    common = order[: np.searchsorted(np.cumsum(costs[order]), total, side="right")]
+    prices = np.unique(costs)
+    counts = _whole_totals(
+        prices.tolist(),
+        [int((costs[common] == price).sum()) for price in prices],
+        [0] * len(prices),
+        [int((costs == price).sum()) for price in prices],
+        int(most or 0),
+    )
+    assert counts is not None, "what is reachable has numbers that reach it"
+    kept = np.zeros(len(values), bool)
+    for price, count in zip(prices, counts, strict=True):
+        kept[order[costs[order] == price][:count]] = True
+    return kept
 
 
 def check_limits(slots: Slots, total: int, unit: str = "ranks") -> None:
@@ -260,7 +294,8 @@ def reachable(slots: Slots, total: int) -> tuple[int | None, int | None]:
     return below, above
 
 
-def _unreachable(slots: Slots, total: int, unit: str) -> str:
+def unreachable(slots: Slots, total: int, unit: str) -> str:
+    """What to say where no whole ranks within the bounds add up to the budget."""
     near = " or ".join(str(value) for value in reachable(slots, total) if value is not None)
     prices = ", ".join(str(price) for price in np.unique(slots.costs))
     return (

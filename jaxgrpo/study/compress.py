@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from jaxgrpo.config import ConfigError
+from jaxgrpo.study.budget import largest_within
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def compress(
     energy: float | None = None,
     rank_budget: int | None = None,
     parameters: float | None = None,
+    parameter_budget: int | None = None,
+    per_adapter: int | None = None,
 ) -> Compressed:
     """Keeps the largest singular values of all updates scale * A B, and refactors what is left.
 
@@ -64,13 +68,25 @@ def compress(
         energy: keep the fewest values whose squares reach this share of all, in (0, 1].
         rank_budget: keep this many values. Ties go to the first module of `a`, then layer.
         parameters: keep as many of the largest values as fit into this share, in (0, 1], of the
-            parameters that the ranks in use have (exactly one of the three is given).
+            parameters that the ranks in use have.
+        parameter_budget: keep the largest values that have exactly so many parameters, or the most
+            below that whole ranks can have (`largest_within`).
+        per_adapter: keep this many of every adapter's own largest: no global cut, the control.
+            Exactly one of the five is given.
 
     Raises:
         ConfigError: not one criterion, one out of range, modules or shapes that do not agree, or
             updates that are not finite or all zero.
     """
-    _check(a, b, ranks, scales, energy, rank_budget, parameters)
+    criteria: dict[str, Any] = {
+        "energy": energy,
+        "rank_budget": rank_budget,
+        "parameters": parameters,
+        "parameter_budget": parameter_budget,
+        "per_adapter": per_adapter,
+    }
+    amount = {name: value for name, value in criteria.items() if value is not None}
+    _check(a, b, ranks, scales, amount)
     factors, strengths, costs = [], [], []
     for module in a:
         masks = _masks(ranks[module], a[module].shape[2])
@@ -84,7 +100,8 @@ def compress(
     pooled = np.concatenate(strengths)
     if not (pooled > 0).any():
         raise ConfigError("compress: every update is zero, there is nothing to keep")
-    kept = _cut(pooled, np.concatenate(costs), energy, rank_budget, parameters)
+    places = np.concatenate([np.arange(len(s)) for s in strengths])
+    kept = _cut(pooled, np.concatenate(costs), places, **amount)
     owners = np.repeat(np.arange(len(strengths)), [len(s) for s in strengths])
     counts = np.bincount(owners[kept], minlength=len(strengths))
     new_ranks, new_a, new_b, start = {}, {}, {}, 0
@@ -130,11 +147,17 @@ def _factor(a: np.ndarray, b: np.ndarray) -> _Factors:
 def _cut(
     pooled: np.ndarray,
     costs: np.ndarray,
-    energy: float | None,
-    rank_budget: int | None,
-    parameters: float | None,
+    places: np.ndarray,
+    *,
+    energy: float | None = None,
+    rank_budget: int | None = None,
+    parameters: float | None = None,
+    parameter_budget: int | None = None,
+    per_adapter: int | None = None,
 ) -> np.ndarray:
     """Indices of the values kept. Values fall within an adapter, so it keeps its first ones."""
+    if per_adapter is not None:
+        return np.flatnonzero(places < per_adapter)
     order = np.argsort(-pooled, kind="stable")
     if parameters is not None:
         # One threshold for all, as ever: the first value that does not fit ends it.
@@ -144,6 +167,13 @@ def _cut(
                 f"compress: not one rank fits into {parameters:g} of the {costs.sum():,} parameters"
             )
         return order[:fitting]
+    if parameter_budget is not None:
+        if not costs.min() <= parameter_budget <= costs.sum():
+            raise ConfigError(
+                f"compress: parameter_budget {parameter_budget:,} is not in {costs.min():,}.."
+                f"{costs.sum():,}: one rank, and all there are"
+            )
+        return np.flatnonzero(largest_within(pooled, costs, parameter_budget))
     if rank_budget is not None:
         if not 1 <= rank_budget <= len(pooled):
             raise ConfigError(
@@ -151,6 +181,7 @@ def _cut(
                 "values there are"
             )
         return order[:rank_budget]
+    assert energy is not None
     # Relative to the largest, so that squares of small updates do not underflow.
     squares = (pooled[order] / pooled.max()) ** 2
     sums = np.cumsum(squares)
@@ -168,15 +199,18 @@ def _check(
     b: Mapping[str, np.ndarray],
     ranks: Mapping[str, np.ndarray],
     scales: Mapping[str, np.ndarray],
-    energy: float | None,
-    rank_budget: int | None,
-    parameters: float | None,
+    amount: Mapping[str, float],
 ) -> None:
-    if [energy, rank_budget, parameters].count(None) != 2:
-        raise ConfigError("compress: give one of energy, rank_budget and parameters")
-    for name, share in (("energy", energy), ("parameters", parameters)):
-        if share is not None and not 0 < share <= 1:
-            raise ConfigError(f"compress: {name} must lie in (0, 1], got {share}")
+    if len(amount) != 1:
+        raise ConfigError(
+            "compress: give one of energy, rank_budget, parameters, parameter_budget and "
+            "per_adapter"
+        )
+    ((name, value),) = amount.items()
+    if name in ("energy", "parameters") and not 0 < value <= 1:
+        raise ConfigError(f"compress: {name} must lie in (0, 1], got {value}")
+    if name == "per_adapter" and value < 1:
+        raise ConfigError(f"compress: per_adapter must be at least 1, got {value}")
     if not a:
         raise ConfigError("compress: there is no adapter")
     for name, other in (("b", b), ("ranks", ranks), ("scales", scales)):

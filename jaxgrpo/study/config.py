@@ -25,8 +25,10 @@ FROM_PROFILE = (
 FROM_CALIBRATION = ("fim", "gora", "eva")
 BY_MODULE = ("proportional_module", *FROM_CALIBRATION)
 """Plans that rank single adapters, whatever study.allocation.granularity is."""
-DYNAMIC = ("adalora", "adaptive", "para")
-"""Plans that change during training, or, para, once at its end."""
+WIDE = ("adalora", "para", "uniform_cut")
+"""Plans that start at more ranks than they end with."""
+DYNAMIC = ("adaptive", *WIDE)
+"""Plans that change during training, or, para and uniform_cut, once at its end."""
 PLANS = ("uniform", "random", *FROM_PROFILE, *FROM_CALIBRATION, *DYNAMIC)
 BOUNDED = ("random", *FROM_PROFILE, *FROM_CALIBRATION, "adaptive")
 """Plans whose ranks keep to bounds; the others start from one rank and may cut an adapter away."""
@@ -37,6 +39,7 @@ PLAN_LABELS = {
     "eva": "EVA (ranks only)",
     "adalora": "AdaLoRA (ranks only)",
     "para": "PARA",
+    "uniform_cut": "uniform, trained wide, cut per adapter",
 }
 """What tables call a plan, where not by its name. Ranks only: the method's rule for ranks, without
 its initialisation, its scale and whatever else belongs to it."""
@@ -78,7 +81,7 @@ class AllocationConfig:
     objective: Objective | None = None
     """Whose profile gives the importance. Default: the objective that the arm trains with."""
     unit: Literal["ranks", "parameters"] = "parameters"
-    """What arms have in common; eva always counts ranks, whose prices differ between modules."""
+    """What all arms have as much of, those that move or are cut in the end."""
     granularity: Literal["layer", "module"] = "layer"
     """One rank for all modules of a layer, or one each; proportional_module, fim, gora and eva
     always rank modules."""

@@ -22,7 +22,7 @@ from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.study.adalora import budget_at, select, triplet_scores
 from jaxgrpo.study.allocate import allocate
-from jaxgrpo.study.budget import Budget
+from jaxgrpo.study.budget import Budget, Slots, reachable
 from jaxgrpo.study.compress import compress, fold_scales
 from jaxgrpo.study.config import Arm, StudyConfig
 from jaxgrpo.train import Replan
@@ -33,11 +33,14 @@ def make_replan(
     config: StudyConfig, arm: Arm, run: Config, shapes: Mapping[str, tuple[int, int]]
 ) -> Replan:
     """What `train_session` asks after every step of an arm whose plan is in DYNAMIC."""
-    if arm.plan == "adalora":
-        return adalora_replan(run.steps, arm.mean_rank)
-    if arm.plan == "para":
-        return para_replan(run.steps, arm.mean_rank)
     allocation = config.study.allocation
+    costs = {m: sum(shapes[m]) if allocation.unit == "parameters" else 1 for m in shapes}
+    if arm.plan == "adalora":
+        return adalora_replan(run.steps, arm.mean_rank, costs)
+    if arm.plan == "para":
+        return para_replan(run.steps, arm.mean_rank, costs)
+    if arm.plan == "uniform_cut":
+        return uniform_cut_replan(run.steps, arm.mean_rank)
     low, high = config.bounds(arm.mean_rank, arm.plan)
     return adaptive_replan(
         Path(run.run_dir) / "layer_grad_norms.jsonl",
@@ -53,36 +56,59 @@ def make_replan(
     )
 
 
-def adalora_replan(steps: int, target_rank: int) -> Replan:
+def cost_of(plan: RankPlan, costs: Mapping[str, int]) -> int:
+    """What a plan's ranks cost, from what a rank of each module costs."""
+    return int(sum(ranks.sum() * costs[module] for module, ranks in plan.ranks.items()))
+
+
+def at_rank(plan: RankPlan, rank: int) -> RankPlan:
+    """The same adapters with one rank everywhere."""
+    return dataclasses.replace(plan, ranks={m: np.full(plan.layers, rank) for m in plan.modules})
+
+
+def adalora_replan(steps: int, target_rank: int, costs: Mapping[str, int]) -> Replan:
     """AdaLoRA (arXiv 2303.10512): from the plan at the start down to target_rank on average.
 
     Ranks are chosen by sensitivity x uncertainty (`grpo/sensitivity.py`), ten times on the cubic
     schedule between a tenth and seven tenths of the run: the scores of a rank's column of A and row
     of B, each as a mean, and of the factor between them.
+
+    Args:
+        costs: module -> what a rank costs: 1 as published, or its parameters.
     """
 
     def replan(done: int, state: TrainState, plan: RankPlan) -> tuple[TrainState, RankPlan] | None:
         # The start is uniform at the plan's reference times 1.5, capped by the width.
         initial = min(-(-3 * target_rank // 2), plan.max_rank)
+        target = cost_of(at_rank(plan, target_rank), costs)
         budget, chosen = budget_at(
             done,
-            initial=initial * plan.num_adapters,
-            target=target_rank * plan.num_adapters,
+            initial=cost_of(at_rank(plan, initial), costs),
+            target=target,
             total_steps=steps,
             t_init=steps // 10,
             t_final=max(3 * steps // 10, 1),
             delta_t=max(6 * steps // 100, 1),
         )
-        if not chosen or plan.total_rank <= budget:
+        if not chosen or cost_of(plan, costs) <= budget:
             return None
         assert state.sensitivity is not None
         scores = rank_scores(state.sensitivity, plan)
-        kept = select(scores, budget)
+        kept = select(scores, budget, costs)
         ranks = {module: mask.sum(axis=1) for module, mask in kept.items()}
         moved = dataclasses.replace(plan, ranks=ranks)
+        if not _reaches(moved, costs, target):
+            return None  # no ranks of those left would cost the target: the next cut may do better
         return move_ranks(state, plan, moved, scores), moved
 
     return replan
+
+
+def _reaches(plan: RankPlan, costs: Mapping[str, int], total: int) -> bool:
+    """Whether some of a plan's ranks cost exactly `total`."""
+    prices = np.concatenate([np.full(plan.layers, costs[m]) for m in plan.modules])
+    ranks = np.concatenate([plan.ranks[m] for m in plan.modules])
+    return reachable(Slots(prices, np.zeros_like(ranks), ranks), total)[0] == total
 
 
 def adaptive_replan(
@@ -117,29 +143,51 @@ def adaptive_replan(
     return replan
 
 
-def para_replan(steps: int, target_rank: int) -> Replan:
+def para_replan(steps: int, target_rank: int, costs: Mapping[str, int]) -> Replan:
     """PARA (arXiv 2604.27796): trained at the uniform start rank, cut once after the last step.
 
-    The largest singular values of all updates together stay, `target_rank` per adapter on average;
+    The largest singular values of all updates together stay, at the cost of target_rank everywhere;
     nothing is trained after the cut, so that rank is the only thing it changes.
     """
+    unit = "rank_budget" if set(costs.values()) == {1} else "parameter_budget"
+
+    def replan(done: int, state: TrainState, plan: RankPlan) -> tuple[TrainState, RankPlan] | None:
+        budget = cost_of(at_rank(plan, target_rank), costs)
+        if done != steps or cost_of(plan, costs) <= budget:
+            return None
+        return _cut(state, plan, {unit: budget})
+
+    return replan
+
+
+def uniform_cut_replan(steps: int, target_rank: int) -> Replan:
+    """PARA's control: trained as wide, cut as late, to the target_rank largest of every adapter."""
 
     def replan(done: int, state: TrainState, plan: RankPlan) -> tuple[TrainState, RankPlan] | None:
         if done != steps or plan.total_rank <= target_rank * plan.num_adapters:
             return None
-        lora = jax.device_get(state.lora)
-        a, b = ({m: np.asarray(pair[side]) for m, pair in lora.items()} for side in ("a", "b"))
-        budget = target_rank * plan.num_adapters
-        cut = compress(a, b, plan.ranks, plan.scales(), rank_budget=budget)
-        moved = dataclasses.replace(plan, ranks=cut.ranks)
-        folded = fold_scales(cut.b, plan.scales(), moved.scales())
-        after = {m: {"a": cut.a[m], "b": folded[m]} for m in plan.modules}
-        placed = jax.tree.map(
-            lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), after, state.lora
-        )
-        return dataclasses.replace(state, lora=placed), moved
+        return _cut(state, plan, {"per_adapter": target_rank})
 
     return replan
+
+
+def _cut(
+    state: TrainState, plan: RankPlan, amount: Mapping[str, Any]
+) -> tuple[TrainState, RankPlan]:
+    after, moved = cut_adapter(jax.device_get(state.lora), plan, amount)
+    placed = jax.tree.map(
+        lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), after, state.lora
+    )
+    return dataclasses.replace(state, lora=placed), moved
+
+
+def cut_adapter(lora: Tree, plan: RankPlan, amount: Mapping[str, Any]) -> tuple[Tree, RankPlan]:
+    """An adapter on the host and its plan after `compress`, under the new ranks' own scales."""
+    a, b = ({m: np.asarray(pair[side]) for m, pair in lora.items()} for side in ("a", "b"))
+    cut = compress(a, b, plan.ranks, plan.scales(), **amount)
+    moved = dataclasses.replace(plan, ranks=cut.ranks)
+    folded = fold_scales(cut.b, plan.scales(), moved.scales())
+    return {m: {"a": cut.a[m], "b": folded[m]} for m in plan.modules}, moved
 
 
 def rank_scores(sensitivity: Tree, plan: RankPlan) -> dict[str, np.ndarray]:

@@ -13,13 +13,13 @@ import numpy as np
 from jaxgrpo.config import ConfigError
 from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.study.allocate import allocate
-from jaxgrpo.study.budget import Budget, Granularity, Unit
+from jaxgrpo.study.budget import Budget, Granularity
 from jaxgrpo.study.config import (
     BY_MODULE,
     FROM_CALIBRATION,
     FROM_PROFILE,
     SCALE_RULES,
-    AllocationConfig,
+    WIDE,
     Arm,
     StudyConfig,
     StudyFiles,
@@ -73,10 +73,9 @@ class Planner:
     def modules(self) -> tuple[str, ...]:
         return self.config.lora.target_modules
 
-    def budget(
-        self, mean_rank: int, unit: Unit, granularity: Granularity, plan: str | None = None
-    ) -> Budget:
+    def budget(self, mean_rank: int, granularity: Granularity, plan: str | None = None) -> Budget:
         """What mean_rank everywhere costs, within the bounds of a plan."""
+        unit = self.config.study.allocation.unit
         low, high = self.config.bounds(mean_rank, plan)
         each = [sum(self.shapes[m]) if unit == "parameters" else 1 for m in self.modules]
         return Budget(
@@ -103,22 +102,20 @@ class Planner:
 
     def probe(self, seed: int) -> dict[str, np.ndarray]:
         """Random ranks of every adapter for itself, at lora.rank on average."""
-        budget = self.budget(self.config.lora.rank, self.config.study.allocation.unit, "module")
+        budget = self.budget(self.config.lora.rank, "module")
         ones = {m: np.ones(self.layers) for m in self.modules}
         return allocate("random", ones, self.shapes, budget, seed=seed)
 
     def allocate(self, arm: Arm, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Ranks of one arm from its importance."""
         settings, plan = self.config.study.allocation, arm.plan
-        if plan in ("adalora", "para"):
-            # Both start above their budget: para as wide as ranks may be, adalora by the ratio of
-            # PEFT's defaults, 12 to 8.
-            width = self.config.width(arm.mean_rank)
-            start = width if plan == "para" else min(-(-3 * arm.mean_rank // 2), width)
+        if plan in WIDE:
+            # All start above their budget: adalora by the ratio of PEFT's defaults, 12 to 8.
+            start = -(-3 * arm.mean_rank // 2) if plan == "adalora" else 2 * arm.mean_rank
+            start = min(start, self.config.width(arm.mean_rank))
             return {m: np.full(self.layers, start) for m in self.modules}
         granularity = "module" if plan in BY_MODULE else settings.granularity
-        unit = unit_of(plan, settings)
-        budget = self.budget(arm.mean_rank, unit, granularity, plan)
+        budget = self.budget(arm.mean_rank, granularity, plan)
         options: dict[str, Any] = {}
         if plan == "top_k":
             options["k"] = settings.top_layers
@@ -146,8 +143,3 @@ class Planner:
                 make_rank_plan(lora, self.layers, ranks), importance(norms)
             )
         return found
-
-
-def unit_of(plan: str, allocation: AllocationConfig) -> Unit:
-    """What a plan's budget counts: eva's principal components are worth a rank each."""
-    return "ranks" if plan == "eva" else allocation.unit

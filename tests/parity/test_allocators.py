@@ -212,6 +212,51 @@ def test_eva_matches_pefts_redistribution(rho):
         assert {f"layers.{i}.{m}": ours[m][i] for i in range(layers) for m in modules} == theirs
 
 
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+def test_eva_under_parameters_is_pefts_pool_until_they_are_used_up(rho):
+    """Of equal prices: PEFT's ranks. Of others: the pool largest first, as a loop spends it, but
+    for the few ranks that an exact total moves."""
+    distribution = _peft_rank_distribution()
+    rng = np.random.default_rng(int(rho * 10))
+    modules, layers, rank = ("q_proj", "v_proj", "down_proj"), 5, 4
+    for _ in range(50):
+        ratios = {m: -np.sort(-rng.dirichlet(np.ones(24), layers), axis=1) for m in modules}
+        names = {f"layers.{i}.{m}": ratios[m][i] for i in range(layers) for m in modules}
+        theirs = distribution(
+            {name: _hook(r) for name, r in names.items()},
+            {name: name for name in names},
+            {},
+            rank * len(names),
+            dict.fromkeys(names, round(rank * rho)),
+        )
+        for shapes in (
+            dict.fromkeys(modules, (64, 64)),
+            {"q_proj": (96, 96), "v_proj": (96, 32), "down_proj": (160, 96)},
+        ):
+            total = rank * layers * sum(sum(shape) for shape in shapes.values())
+            budget = Budget(total, "parameters", 0, None, "module")
+            ours = allocate("eva", ratios, shapes, budget, rho=rho)
+            assert sum(sum(shapes[m]) * int(r.sum()) for m, r in ours.items()) == total
+            if len(set(shapes.values())) == 1:
+                assert {f"layers.{i}.{m}": ours[m][i] for i in range(layers) for m in modules} == (
+                    theirs
+                )
+                continue
+            pool = sorted(
+                ((x, m, i) for m in modules for i in range(layers) for x in ratios[m][i]),
+                key=lambda p: -p[0],
+            )
+            counts, left = Counter(), total
+            for _, m, i in pool:
+                if counts[m, i] < round(rank * rho):
+                    if sum(shapes[m]) > left:
+                        break
+                    counts[m, i] += 1
+                    left -= sum(shapes[m])
+            moved = sum(abs(int(ours[m][i]) - counts[m, i]) for m in modules for i in range(layers))
+            assert moved <= 6
+
+
 def test_eva_shares_values_between_modules_of_one_input_as_peft():
     """q, k, v bring equal ratios, so the cut may fall among equals: each input's ranks agree."""
     distribution = _peft_rank_distribution()
@@ -341,6 +386,52 @@ def _dense_para(full, energy=None, rank_budget=None):
         for key, (u, s, v) in factors.items()
     }
     return counts, truncated, kept / total
+
+
+@pytest.mark.parametrize("unit", ["ranks", "parameters"])
+def test_adalora_keeps_pefts_ranks_where_all_cost_the_same_and_the_best_that_fit_elsewhere(unit):
+    """Of one price the global top-b, against a sort; of several an exact cost, one threshold per
+    price."""
+    rng = np.random.default_rng(4)
+    costs = {m: sum(shape) if unit == "parameters" else 1 for m, shape in SHAPES.items()}
+    for _ in range(50):
+        scores = {m: rng.lognormal(0, 1, (LAYERS, 6)) for m in SHAPES}
+        budget = 3 * LAYERS * sum(costs.values())
+        kept = select(scores, budget, costs)
+        assert sum(costs[m] * int(mask.sum()) for m, mask in kept.items()) == budget
+        for m, mask in kept.items():
+            assert mask.all() or not mask.any() or scores[m][mask].min() > scores[m][~mask].max()
+        if unit == "ranks":
+            threshold = np.sort(np.concatenate([s.ravel() for s in scores.values()]))[-budget]
+            for m, mask in kept.items():
+                np.testing.assert_array_equal(mask, scores[m] >= threshold)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_para_within_parameters_is_the_dense_svds_largest_values(seed):
+    """An exact number of parameters: per price the largest singular values of the full updates."""
+    a, b, ranks, scales = _trained(seed)
+    costs = {m: sum(shape) for m, shape in SHAPES.items()}
+    whole = sum(costs[m] * int(r.sum()) for m, r in ranks.items())
+    budget = 2 * max(1, whole // 4)
+    ours = compress(a, b, ranks, scales, parameter_budget=budget)
+    spent = sum(costs[m] * int(r.sum()) for m, r in ours.ranks.items())
+    assert budget - min(costs.values()) < spent <= budget
+    full = _updates(a, b, ranks, scales)
+    values = {key: np.linalg.svd(update, compute_uv=False) for key, update in full.items()}
+    for price in set(costs.values()):
+        inside, outside = [0.0], [np.inf]
+        for (m, i), s in values.items():
+            if costs[m] == price:
+                outside += s[: ours.ranks[m][i]].tolist()
+                inside += s[ours.ranks[m][i] :].tolist()
+        assert max(inside) <= min(outside) * (1 + 1e-9)
+    for (m, i), update in full.items():
+        u, s, v = np.linalg.svd(update)
+        r = ours.ranks[m][i]
+        expected = (u[:, :r] * s[:r]) @ v[:r]
+        product = scales[m][i] * ours.a[m][i] @ ours.b[m][i]
+        np.testing.assert_allclose(product, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxgrpo.config import MODULES, ConfigError
 from jaxgrpo.study.adalora import budget_at, select, triplet_scores
 from jaxgrpo.study.allocate import METHODS, allocate, spent
-from jaxgrpo.study.budget import Budget, Slots, apportion, reachable, water_fill
+from jaxgrpo.study.budget import Budget, Slots, apportion, largest_within, reachable, water_fill
 from jaxgrpo.study.compress import compress, fold_scales
 
 # Importance by layer in the uniform run of 2605.07366, per cent, read off its figure.
@@ -581,12 +581,51 @@ def test_a_share_of_the_parameters_is_one_cut_that_fits():
         assert small.threshold == pytest.approx(values[count - 1])
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=9), st.data())
+def test_the_largest_within_a_budget_spend_what_can_be_spent(pairs, data):
+    """Against every subset: nothing at or below the budget costs more; within a price the largest
+    stay; one price alone is a plain cut."""
+    values, costs = (np.array(x) for x in zip(*pairs, strict=True))
+    total = data.draw(st.integers(0, int(costs.sum())))
+    kept = largest_within(values.astype(float), costs, total)
+    assert costs[kept].sum() == max(s for s in sums_of([(c, 0, 1) for c in costs], total))
+    for price in np.unique(costs):
+        same = costs == price
+        inside, outside = values[same & kept], values[same & ~kept]
+        assert not len(inside) or not len(outside) or inside.min() >= outside.max()
+    plain = largest_within(values.astype(float), np.ones_like(costs), len(values) // 2)
+    np.testing.assert_array_equal(
+        np.flatnonzero(plain), np.sort(np.argsort(-values, kind="stable")[: len(values) // 2])
+    )
+
+
+def test_an_exact_budget_moves_the_common_threshold_by_few_ranks():
+    """Qwen2.5-1.5B at twice rank 16, cut to it: against the one threshold that leaves a rest."""
+    rng = np.random.default_rng(0)
+    costs = np.repeat([3072, 1792, 1792, 3072, 10496, 10496, 10496], 28 * 32)
+    total = int(costs.sum()) // 2
+    for _ in range(20):
+        values = rng.lognormal(0, 1, len(costs))
+        kept = largest_within(values, costs, total)
+        assert costs[kept].sum() == total
+        order = np.argsort(-values)
+        common = np.zeros(len(costs), bool)
+        common[order[np.cumsum(costs[order]) <= total]] = True
+        assert (kept != common).sum() <= 20
+
+
+OF_COMPRESS = "one of energy, rank_budget, parameters, parameter_budget and per_adapter"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "one of energy, rank_budget and parameters"),
-        ({"energy": 0.5, "rank_budget": 1}, "one of energy, rank_budget and parameters"),
-        ({"energy": 0.5, "parameters": 0.5}, "one of energy, rank_budget and parameters"),
+        ({}, OF_COMPRESS),
+        ({"energy": 0.5, "rank_budget": 1}, OF_COMPRESS),
+        ({"energy": 0.5, "parameters": 0.5}, OF_COMPRESS),
+        ({"per_adapter": 0}, "per_adapter must be at least 1"),
+        ({"parameter_budget": 5}, r"parameter_budget 5 is not in 13\.\.78"),
         ({"parameters": 1.5}, r"parameters must lie in \(0, 1\]"),
         ({"parameters": 0.01}, "not one rank fits into 0.01 of the"),
         ({"energy": 0.0}, r"\(0, 1\]"),

@@ -23,6 +23,7 @@ from jaxgrpo.study.dynamic import (
     para_replan,
     rank_scores,
     rank_sizes,
+    uniform_cut_replan,
 )
 
 SHAPES = {"q_proj": (6, 6), "down_proj": (8, 6)}
@@ -220,7 +221,7 @@ def test_a_moved_state_is_the_same_to_a_compiled_program():
 def test_adalora_falls_to_its_budget_and_stays():
     plan = make_plan([4] * 3, [4] * 3)
     state = make_state(plan, track_sensitivity=True)
-    replan = adalora_replan(50, target_rank=2)
+    replan = adalora_replan(50, 2, dict.fromkeys(SHAPES, 1))
     totals = []
     for done in range(1, 51):
         found = replan(done, state, plan)
@@ -265,11 +266,50 @@ def test_adaptive_follows_the_norms_at_one_budget(tmp_path, unit):
     assert replan(4, state, plan) is None
 
 
+PARAMETERS = {module: sum(shape) for module, shape in SHAPES.items()}
+
+
+def test_adalora_ends_at_the_parameters_of_the_target_rank():
+    """Its ranks are worth 12 or 14 parameters; a sum of ranks would be another number of them."""
+    for seed in range(5):
+        plan = make_plan([3] * 3, [3] * 3)
+        state = make_state(plan, seed, track_sensitivity=True)
+        replan = adalora_replan(50, 2, PARAMETERS)
+        spent = []
+        for done in range(1, 51):
+            found = replan(done, state, plan)
+            state, plan = found or (state, plan)
+            spent.append(plan.trainable_parameters(SHAPES))
+        assert spent[0] == 3 * LAYERS * 26 and spent[-1] == 2 * LAYERS * 26
+        assert (np.diff(spent) <= 0).all()
+        assert len({int(r) for ranks in plan.ranks.values() for r in ranks}) > 1
+
+
+@pytest.mark.parametrize("rule", ["constant", "rslora", "alpha_over_r"])
+def test_para_and_its_control_end_at_the_parameters_of_the_target_rank(rule):
+    """PARA's cut is global, the control's the best `target_rank` of every adapter; both exact."""
+    for seed in range(5):
+        plan = make_plan([4] * 3, [4] * 3, rule)
+        state = make_state(plan, seed)
+        _, cut = para_replan(7, 2, PARAMETERS)(7, state, plan)
+        assert cut.trainable_parameters(SHAPES) == 2 * LAYERS * 26
+        control = uniform_cut_replan(7, 2)
+        assert control(6, state, plan) is None
+        moved, uniform = control(7, state, plan)
+        assert {int(r) for ranks in uniform.ranks.values() for r in ranks} == {2}
+        assert uniform.trainable_parameters(SHAPES) == cut.trainable_parameters(SHAPES)
+        for module, stack in deltas(state.lora, plan).items():
+            u, s, v = np.linalg.svd(stack)
+            best = (u[:, :, :2] * s[:, None, :2]) @ v[:, :2]
+            after = deltas(moved.lora, uniform)[module]
+            np.testing.assert_allclose(after, best, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("rule", ["constant", "rslora", "alpha_over_r"])
 def test_para_cuts_once_and_keeps_the_largest_singular_values(rule):
     plan = make_plan([4] * 3, [4] * 3, rule)
     state = make_state(plan)
-    replan = para_replan(7, target_rank=2)
+    replan = para_replan(7, 2, dict.fromkeys(SHAPES, 1))
     assert replan(6, state, plan) is None
     moved, new = replan(7, state, plan)
     assert new.total_rank == 12
