@@ -122,6 +122,9 @@ class DataConfig:
     """null: none, or the chat template's own if it has one. No text is a prompt of nothing."""
     prompt_suffix: str = ""
     """Appended to every question before the chat template is applied."""
+    drop_rows_without_answer: bool = False
+    """Rows whose gold answer holds nothing to compare with are dropped, counted and reported; they
+    are refused otherwise."""
     max_prompt_tokens: int = 256
     """Longer prompts are dropped, counted and reported."""
     prompt_bucket_tokens: int = 64

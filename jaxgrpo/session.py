@@ -37,7 +37,8 @@ from jaxgrpo.rank_plan import RankPlan, make_rank_plan
 from jaxgrpo.records.tracking import check_wandb
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules, end_token_ids, make_stop_rules
-from jaxgrpo.tasks.data import PromptSource, check_gold_answers, load_problems
+from jaxgrpo.tasks.data import PromptSource
+from jaxgrpo.tasks.data_sets import answered_problems, load_problems
 from jaxgrpo.tasks.rewards import load_reward
 from jaxgrpo.tasks.texts import load_tokenizer
 from jaxgrpo.types import LoraPlan, Tree
@@ -173,17 +174,17 @@ def open_session(config: Config, console: Console | None = None) -> Session:
     eval_reward = _reward("eval.reward", config.eval.reward)
     check_wandb(config.wandb_project)
     model = open_model(config)
-    train_problems, eval_problems = (
-        load_problems(config.data, split)
-        for split in (config.data.train_split, config.data.eval_split)
-    )
-    if config.objective == "grpo":
-        for name in rewards:
-            check_gold_answers(train_problems, config.data.train_split, name)
-    check_gold_answers(eval_problems, config.data.eval_split, config.eval.reward)
+    judges = list(rewards) if config.objective == "grpo" else []
+    found = [
+        answered_problems(load_problems(config.data, split), split, names, config.data)
+        for split, names in (
+            (config.data.train_split, judges),
+            (config.data.eval_split, [config.eval.reward]),
+        )
+    ]
     train_prompts, eval_prompts = (
-        PromptSource(problems, model.tokenizer, config.data)
-        for problems in (train_problems, eval_problems)
+        PromptSource(problems, model.tokenizer, config.data, left_out)
+        for problems, left_out in found
     )
     model_config, base = model.load(console)
     return Session(
@@ -222,8 +223,8 @@ def warn_user(config: Config, session: Session, console: Console) -> None:
             "mass. Leave them off to train unbiased."
         )
     for source in (session.train_prompts, session.eval_prompts):
-        if source.dropped:
-            console.print(f"[yellow]warning:[/] {source.dropped_message}")
+        for line in source.left_out:
+            console.print(f"[yellow]warning:[/] {line}")
 
 
 def resolve_dtype(dtype: str) -> str:

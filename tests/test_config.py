@@ -28,8 +28,8 @@ model.path model.revision model.dtype model.remat
 lora.rank lora.plan lora.adapter lora.max_rank lora.rank_budget lora.alpha lora.scale_rule
 lora.target_modules
 data.path data.name data.revision data.train_split data.eval_split data.prompt_column
-data.answer_column data.system_prompt data.prompt_suffix data.max_prompt_tokens
-data.prompt_bucket_tokens data.embedded_problems
+data.answer_column data.system_prompt data.prompt_suffix data.drop_rows_without_answer
+data.max_prompt_tokens data.prompt_bucket_tokens data.embedded_problems
 rollout.max_completion_tokens rollout.temperature rollout.top_k rollout.top_p rollout.min_p
 rollout.stop_token_ids rollout.stop_strings rollout.merge_lora
 grpo.loss grpo.prompts_per_step grpo.group_size grpo.scale_rewards grpo.clip_eps_low

@@ -21,7 +21,8 @@ from jaxgrpo.model.weights import EMBEDDED_DIR, load_model
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import make_stop_rules
 from jaxgrpo.stats import wilson_interval
-from jaxgrpo.tasks.data import PromptSource, load_problems
+from jaxgrpo.tasks.data import PromptSource
+from jaxgrpo.tasks.data_sets import load_problems
 from jaxgrpo.tasks.rewards import gsm8k_answer_reward
 from jaxgrpo.tasks.texts import load_tokenizer
 from jaxgrpo.types import FINISH_LENGTH, FINISH_STOP_TOKEN, PromptBatch, Rollout

@@ -97,7 +97,8 @@ class Chat:
         import jax
 
         from jaxgrpo.mesh import Purpose, batch_shards, fold_key, shard_rows, to_host
-        from jaxgrpo.tasks.data import Problem, PromptSource
+        from jaxgrpo.tasks.data import PromptSource
+        from jaxgrpo.tasks.data_sets import Problem
         from jaxgrpo.tasks.texts import completion_texts
 
         if not prompt.strip():

@@ -16,7 +16,8 @@ import tokenizers
 from jaxgrpo.config import ConfigError, DataConfig
 from jaxgrpo.model.weights import EMBEDDED_DIR, read_eos_token_ids
 from jaxgrpo.rollout.stop import end_token_ids
-from jaxgrpo.tasks.data import Problem, PromptSource
+from jaxgrpo.tasks.data import PromptSource
+from jaxgrpo.tasks.data_sets import Problem
 from jaxgrpo.tasks.texts import (
     completion_texts,
     end_at_stop,
