@@ -21,7 +21,7 @@ from jaxgrpo.study.config import StudyConfig
 from jaxgrpo.study.importance import importance
 from jaxgrpo.study.report import facts, write_report
 from jaxgrpo.study.report.interval_charts import accuracy_chart
-from jaxgrpo.study.report.panel_charts import heat_maps, reward_chart
+from jaxgrpo.study.report.panel_charts import heat_maps, reward_chart, share_chart
 from jaxgrpo.study.results import collect_results
 from jaxgrpo.study.slopes import MECHANICAL_SLOPES
 from tests.study.browser import Browser, find_browser
@@ -79,7 +79,7 @@ def measured(arm, rng, layers, steps):
     numbers |= {"rank_min": int(min(ranks)), "rank_max": int(max(ranks)), "layer_ranks": ranks}
     numbers |= {"seconds": 5421.7, "tokens": 81_234_567, "tokens_per_s": 14983.2}
     numbers |= {"reward": make_curve(rng, steps, 0.3, 0.8, 0.02)}
-    numbers |= {"drift": make_curve(rng, steps, 0.004, 0.006, 0.0004)}
+    numbers |= {"drift": make_curve(rng, steps, 4e-7, 6e-7, 4e-8)}
     assert set(numbers) < set(arm)
     return arm | numbers
 
@@ -306,7 +306,9 @@ def test_a_factorial_shows_its_design(report):
     assert "The factorial design" not in report("plans").words
 
 
-@pytest.mark.parametrize(("rise", "said"), [(0.5, "has not converged"), (0.0, "no arm's reward")])
+@pytest.mark.parametrize(
+    ("rise", "said"), [(0.5, "has not converged"), (0.0, "is seen to rise at the end")]
+)
 def test_convergence_is_judged_by_the_last_half_of_the_rewards(rise, said):
     results = make_results(layers=2)
     noise = np.random.default_rng(0).normal(0, 0.01, 40)
@@ -342,6 +344,14 @@ def test_an_arm_whose_uniform_has_not_run_is_drawn_alone():
     results = make_results(layers=2)
     results["arms"][0] = unmeasured()["arms"][0]
     assert [len(axes.lines) for axes in reward_chart(results, True).axes[:3]] == [1, 1, 1]
+
+
+def test_no_share_lies_outside_its_panel():
+    results = make_results(layers=8)
+    results["profiles"][1]["views"]["rms"] |= {"share": [0.9] + 7 * [0.0143]}
+    for axes in share_chart(results, False).axes:
+        shown = np.concatenate([line.get_ydata() for line in axes.lines])
+        assert axes.get_ylim()[0] == 0 and shown.max() <= axes.get_ylim()[1]
 
 
 def test_heat_maps_show_a_layer_over_the_mean_of_its_step():

@@ -59,6 +59,11 @@ def decimal(value: float | None, places: int = 2, missing: str = NONE) -> str:
     return f"{value:.{places}f}" if known(value) else missing
 
 
+def small(value: float | None) -> str:
+    """Three digits, whatever the size."""
+    return f"{value:.3g}" if known(value) else NONE
+
+
 def percent(value: float | None, missing: str = NOT_MEASURED) -> str:
     return f"{100 * value:.1f} %" if known(value) else missing
 
@@ -155,7 +160,10 @@ def convergence(results: Results) -> str:
         "counted as a rise above two standard errors over steps)"
     )
     if not rising:
-        return f"At the end no arm's reward rises measurably any more {basis}."
+        unseen = decimal(max(2 * error for _, error in rises), 3)
+        return (
+            f"No arm's reward is seen to rise at the end {basis}; below {unseen} it would not be."
+        )
     return (
         f"Training has not converged: the reward still rises in {rising} of {len(rises)} arms "
         f"{basis}. Arms are compared by how fast they learn, not by where they would end."

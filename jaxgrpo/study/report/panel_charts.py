@@ -46,6 +46,7 @@ def _curves(
     figure, every = panels(narrow, list(groups), columns, height, "optimizer step", label)
     for axes, (first, *others) in zip(every, groups.values(), strict=True):
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.yaxis.set_major_formatter("{x:g}")  # or a common power of ten stands in the title
         uniform = (
             a for a in arms if a["plan"] == "uniform" and a["mean_rank"] == first["mean_rank"]
         )
@@ -117,8 +118,7 @@ def heat_maps(results: Results, narrow: bool) -> Figure | None:
     figure = canvas.new_figure(narrow, (120 if narrow else 150) * len(views) + 70)
     grid = figure.subplots(len(views), len(profiles), sharex="col", sharey=True, squeeze=False)
     figure.supxlabel("optimizer step", color=SOFT)
-    scale = LogNorm(0.25, 4)
-    shown = None
+    images = []
     for (row, column), axes in np.ndenumerate(grid):
         profile, view = profiles[column], views[row]
         axes.grid(False)
@@ -126,18 +126,21 @@ def heat_maps(results: Results, narrow: bool) -> Figure | None:
             axes.set_title(facts.named(profile["objective"]))
         if not column:
             axes.set_ylabel(facts.named(view))
-        if view not in profile["views"]:
-            continue
-        norms = _binned(np.array(profile["views"][view]["heatmap"], float))
-        mean = np.nan_to_num(norms).mean(axis=0)
-        ratio = np.where((mean > 0) & (norms > 0), norms / np.where(mean > 0, mean, 1), np.nan)
-        extent = (0, profile["steps"], profile["layers"] - 0.5, -0.5)
-        shown = axes.imshow(ratio, norm=scale, aspect="auto", extent=extent)
-    if shown is not None:
-        bar = figure.colorbar(shown, ax=grid, location="top", aspect=40, shrink=0.9)
-        bar.minorticks_off()
-        bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["1/4", "1/2", "1", "2", "4"])
-        bar.set_label("norm of a layer ÷ mean over layers")
+        if view in profile["views"]:
+            norms = _binned(np.array(profile["views"][view]["heatmap"], float))
+            mean = np.nan_to_num(norms).mean(axis=0)
+            ratio = np.where((mean > 0) & (norms > 0), norms / np.where(mean > 0, mean, 1), np.nan)
+            extent = (0, profile["steps"], profile["layers"] - 0.5, -0.5)
+            images.append(axes.imshow(ratio, aspect="auto", extent=extent))
+    ratios = np.concatenate([np.ma.compressed(image.get_array()) for image in images])
+    # A power of two beyond which hardly a cell lies.
+    reach = 2.0 ** np.ceil(np.quantile([1.0, *np.abs(np.log2(ratios))], 0.98))
+    for image in images:
+        image.set_norm(LogNorm(1 / reach, reach))
+    bar = figure.colorbar(images[0], ax=grid, location="top", aspect=40, shrink=0.9)
+    bar.minorticks_off()
+    bar.set_ticks([1 / reach, 1, reach], labels=[f"1/{reach:g}", "1", f"{reach:g}"])
+    bar.set_label("norm of a layer ÷ mean over layers")
     return figure
 
 
@@ -163,7 +166,7 @@ def share_chart(results: Results, narrow: bool) -> Figure | None:
             axes.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
         even = 100 / max(profile["layers"] for profile in profiles)
         axes.axhline(even, color=SOFT, linestyle="--", linewidth=1.2, label="even share")
-        axes.set_ylim(bottom=0)
+    every[0].set_ylim(bottom=0)  # of all; before the last of them it would cut that one off
     legend(figure, narrow)
     return figure
 

@@ -168,8 +168,8 @@ def training_table(results: Results) -> Table:
             facts.count(arm["tokens_per_s"]),
         )
         reward = decimal(mean(arm["reward_last_quarter"]), 3)
-        found = (reward, against.get(arm["name"], NONE), decimal(mean(arm["kl_last_quarter"]), 4))
-        drift = decimal(mean(arm["drift"].get("mean", [])), 4)
+        found = (reward, against.get(arm["name"], NONE), facts.small(mean(arm["kl_last_quarter"])))
+        drift = facts.small(mean(arm["drift"].get("mean", [])))
         rows.append((arm["name"], *found, drift, clipped, rates, decimal(arm["speed"]), *cost))
     return Table("Training per arm", headings, rows)
 
