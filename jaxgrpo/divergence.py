@@ -1,4 +1,5 @@
-"""Watches for steps whose loss is not finite or has exploded, and keeps their batch."""
+"""Watches for steps whose loss is not finite or has exploded, and keeps their batch; says so where
+no reward applied to anything."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ class DivergenceGuard:
         self._run = run
         self._in_a_row = 0
         self._skipped: float | None = None
+        self._unrewarded = False
 
     def check(self, step: int, result: StepResult, console: Console) -> bool:
         """Whether the step went wrong; then its batch is on disk, as safetensors.
@@ -34,6 +36,12 @@ class DivergenceGuard:
         Raises:
             DivergedError: the last MAX_BAD_STEPS all did.
         """
+        if math.isnan(result.metrics.get("reward", 0.0)) and not self._unrewarded:
+            self._unrewarded = True
+            console.print(
+                f"[yellow]warning:[/] step {step}: every reward function gave None for every "
+                "completion, so there is nothing to learn from; further such steps are not said"
+            )
         loss, skipped = result.metrics["loss"], result.metrics["grpo/skipped_updates"]
         before, self._skipped = self._skipped, skipped
         trouble = (

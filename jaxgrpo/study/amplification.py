@@ -47,6 +47,8 @@ def _points(
     total = sum(x.sum() for x in norms.values())
     before = sum(x.sum() for x in reference.values())
     points: list[AmplificationPoint] = []
+    if not total or not before:
+        return points  # no gradient, no shares
     for module, values in norms.items():
         share, was = values.sum(axis=0) / total, reference[module].sum(axis=0) / before
         for layer, rank in enumerate(ranks[module]):

@@ -26,6 +26,7 @@ from jaxgrpo.study.config import (
     StudyFiles,
     list_arms,
 )
+from jaxgrpo.study.norms import no_gradient
 from jaxgrpo.study.planner import Planner
 from jaxgrpo.study.printing import print_verdict
 from jaxgrpo.study.report import write_report
@@ -94,6 +95,9 @@ class Runner:
         self.planner.check()
         self.profiles()
         self.plans()
+        for objective in self.config.study.profile.objectives:
+            if cause := no_gradient(self.files.profile(objective)):
+                self._console.print(f"[yellow]warning:[/] {cause}", highlight=False, soft_wrap=True)
         self.probes()
 
     def profiles(self) -> None:

@@ -118,7 +118,8 @@ def adaptive_replan(
     shapes: Mapping[str, tuple[int, int]],
     bounds: dict[str, Any],
 ) -> Replan:
-    """Every `every` steps but the last: ranks in proportion to the rank-free norms since.
+    """Every `every` steps but the last: ranks in proportion to the rank-free norms since, unless
+    all of them are 0.
 
     The raw norm would follow the ranks themselves (it grows as scale x sqrt(rank)), so that every
     round would confirm the one before; the rank-free view takes that factor out.
@@ -134,6 +135,8 @@ def adaptive_replan(
             )
             for module in plan.modules
         }
+        if not any(values.any() for values in importance.values()):
+            return None  # no gradient since, nothing to move ranks by
         cost = {m: sum(shapes[m]) if bounds["unit"] == "parameters" else 1 for m in plan.modules}
         total = sum(int(plan.ranks[m].sum()) * cost[m] for m in plan.modules)
         ranks = allocate("proportional", importance, shapes, Budget(total=total, **bounds))

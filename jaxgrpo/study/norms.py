@@ -34,6 +34,22 @@ def read_norms(run_dir: Path, view: str) -> dict[str, np.ndarray] | None:
     return norms
 
 
+def no_gradient(run_dir: Path) -> str | None:
+    """Why every norm of a finished run is 0, in one clause; None: there is some gradient."""
+    norms = read_norms(run_dir, "l2")
+    if norms is None or any(values.any() for values in norms.values()):
+        return None
+    records = [r for r in read_jsonl(Path(run_dir) / "metrics.jsonl") if "step_time" in r]
+    flat = all(record.get("frac_reward_zero_std") == 1 for record in records)
+    why = (
+        "in each the completions of every prompt got equal rewards, "
+        f"{np.mean([record['reward'] for record in records]):.3g} on average"
+        if flat
+        else "no loss depended on the adapters"
+    )
+    return f"the gradient was 0 in all {len(records)} steps of {run_dir}: {why}"
+
+
 def layer_norms(norms: dict[str, np.ndarray]) -> np.ndarray:
     """[T, L]: a layer's norm is that of all its gradients together (root of squares)."""
     return np.sqrt(np.sum([np.square(x) for x in norms.values()], axis=0))

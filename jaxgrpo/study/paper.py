@@ -62,4 +62,6 @@ def _arm_max_min(config: StudyConfig, files: StudyFiles, plan: str) -> float | N
     """max/min layer share of the first seed's run, raw L2, as the paper measured it."""
     arm = next((a for a in list_arms(config) if a.plan == plan), None)
     norms = None if arm is None else read_norms(files.arm(arm), "l2")
-    return None if norms is None else float(max_min_ratio(shares(layer_norms(norms))))
+    if norms is None or not layer_norms(norms).any():
+        return None
+    return float(max_min_ratio(shares(layer_norms(norms))))

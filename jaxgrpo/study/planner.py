@@ -26,7 +26,7 @@ from jaxgrpo.study.config import (
     list_arms,
     scaled_lora,
 )
-from jaxgrpo.study.norms import first_order_speed, importance, read_norms
+from jaxgrpo.study.norms import first_order_speed, importance, no_gradient, read_norms
 from jaxgrpo.study.runs import has_plan_file, read_profile_model
 
 
@@ -97,6 +97,8 @@ class Planner:
             view = "weight" if arm.plan == "equalised" else self.config.study.allocation.view
             norms = read_norms(self.files.profile(objective), view)
             assert norms is not None, f"the profile has no view {view}"
+            if cause := no_gradient(self.files.profile(objective)):
+                raise ConfigError(f"plan {arm.plan} has nothing to go by: {cause}")
             return importance(norms)
         return {m: np.ones(self.layers) for m in self.modules}
 
@@ -131,11 +133,14 @@ class Planner:
             raise ConfigError(f"plan {plan} at mean rank {arm.mean_rank}{where}: {error}") from None
 
     def speeds(self, arm: Arm, ranks: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """First-order speed of a plan under every scale rule, by the weights' own gradient."""
+        """First-order speed of a plan under every scale rule, by the weights' own gradient; none
+        where there was no gradient."""
         objective = self.config.importance_objective(arm.objective)
         norms = read_norms(self.files.profile(objective), "weight")
         assert norms is not None, "every profile has the view weight"
-        found = {}
+        found: dict[str, float] = {}
+        if no_gradient(self.files.profile(objective)):
+            return found
         for rule in SCALE_RULES:
             settings = scaled_lora(self.config, rule, arm.mean_rank)
             lora = dataclasses.replace(self.config.lora, **settings)

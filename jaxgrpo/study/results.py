@@ -236,6 +236,8 @@ def _profile(files: StudyFiles, objective: str) -> Profile | None:
         if norms is None:
             continue
         by_layer = layer_norms(norms)
+        if not by_layer.any():
+            continue  # no gradient, no shares
         steps, layers, modules = *by_layer.shape, list(norms)
         found = importance(by_layer)
         views[view] = found.to_json(by_layer.T)

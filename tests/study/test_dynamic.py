@@ -239,9 +239,9 @@ def test_adalora_falls_to_its_budget_and_stays():
     assert totals[35] == 12, "the last three tenths keep their ranks"
 
 
-def write_norms(path, hot_layer):
+def write_norms(path, hot_layer, scale=1.0):
     """Four steps in which one layer's rank-free norms are three times the others'."""
-    ones = [3.0 if layer == hot_layer else 1.0 for layer in range(LAYERS)]
+    ones = [3.0 * scale if layer == hot_layer else scale for layer in range(LAYERS)]
     view = {m: {"a": ones, "b": ones} for m in SHAPES}
     lines = [json.dumps({"step": step, "rank_free": view}) for step in range(1, 5)]
     path.write_text("\n".join(lines) + "\n")
@@ -264,6 +264,8 @@ def test_adaptive_follows_the_norms_at_one_budget(tmp_path, unit):
     np.testing.assert_allclose(layer, deltas(state.lora, plan)["q_proj"][1], rtol=1e-5, atol=1e-6)
     # A move after the last step would be evaluated before it could learn anything.
     assert replan(4, state, plan) is None
+    write_norms(norms, hot_layer=1, scale=0.0)
+    assert replan(2, state, plan) is None, "without a gradient there is nothing to move by"
 
 
 PARAMETERS = {module: sum(shape) for module, shape in SHAPES.items()}
