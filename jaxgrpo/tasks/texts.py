@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def load_tokenizer(directory: Path) -> Any:
             "take it out of tokenizer_config.json"
         )
     _check_chat_template(directory)
+    # It only warns, and of lengths that data.max_prompt_tokens and the caps have a say in here.
+    tokenizer.model_max_length = sys.maxsize
     return tokenizer
 
 
