@@ -1,4 +1,4 @@
-"""The run directory: files that are whole or absent, a lock, and a manifest of finished stages.
+"""The run directory: files that are whole or absent, and a lock.
 
 Floor 0, no jax. A process can be killed at any moment and a disk can fill up; neither may leave a
 half-written file that a later run takes for a whole one. In a job of several processes only the
@@ -19,7 +19,7 @@ import os
 import secrets
 import socket
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, cast
@@ -224,7 +224,6 @@ class DivergedError(RuntimeError):
 # Where a path's name in the folder is not its name here.
 _FILE_NAMES = {
     "config": "config.yaml",
-    "manifest": "manifest.json",
     "metrics": "metrics.jsonl",
     "layer_grad_norms": "layer_grad_norms.jsonl",
     "summary": "summary.json",
@@ -236,15 +235,16 @@ class RunDirectory:
     """The files of one run, by name.
 
     Attributes:
-        root: the folder; made absolute, so that it does not depend on the working directory.
+        root: the folder, as a path or as text; made absolute, so that it does not depend on the
+            working directory.
         config: the resolved config.
-        manifest: the finished stages: the hash of their inputs, and their outputs.
         metrics: one line per training step.
         layer_grad_norms: one line per step with the gradient norms of every layer.
         tensorboard: event files.
         checkpoints: one folder per saved step.
         adapter: the trained adapter in PEFT's format.
-        eval: evaluation results.
+        eval: what training evaluated by itself.
+        evaluations: those made by hand, a folder for each policy and settings; made when one is.
         completions: sampled completions with their rewards.
         bad_batches: batches of steps whose loss was not finite or exploded; made when there is one.
         summary: what the finished run found.
@@ -252,13 +252,13 @@ class RunDirectory:
 
     root: Path
     config: Path = field(init=False, repr=False)
-    manifest: Path = field(init=False, repr=False)
     metrics: Path = field(init=False, repr=False)
     layer_grad_norms: Path = field(init=False, repr=False)
     tensorboard: Path = field(init=False, repr=False)
     checkpoints: Path = field(init=False, repr=False)
     adapter: Path = field(init=False, repr=False)
     eval: Path = field(init=False, repr=False)
+    evaluations: Path = field(init=False, repr=False)
     completions: Path = field(init=False, repr=False)
     bad_batches: Path = field(init=False, repr=False)
     summary: Path = field(init=False, repr=False)
@@ -335,41 +335,3 @@ class RunDirectory:
                 for unfinished in folder.glob(".*.tmp"):
                     unfinished.unlink(missing_ok=True)
             yield
-
-    def _stages(self) -> dict[str, Any]:
-        try:
-            stages = json.loads(self.manifest.read_bytes())["stages"]
-        except FileNotFoundError:
-            return {}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.manifest}: not a manifest of stages ({error!r})") from error
-        if not isinstance(stages, dict):
-            raise ValueError(f"{self.manifest}: not a manifest of stages")
-        return stages
-
-    def stage_done(self, name: str, inputs_hash: str) -> bool:
-        """Whether stage `name` finished with these same inputs and its outputs are still there."""
-        stage = self._stages().get(name)
-        return (
-            stage is not None
-            and stage["inputs_hash"] == inputs_hash
-            and all((self.root / output).exists() for output in stage["outputs"])
-        )
-
-    def mark_stage(
-        self, name: str, inputs_hash: str, outputs: Iterable[str | os.PathLike[str]]
-    ) -> None:
-        """Records that stage `name` is finished; outputs inside the run are kept relative to it.
-
-        Raises:
-            FileNotFoundError: an output does not exist, so the stage is not finished.
-        """
-        recorded = []
-        for output in outputs:
-            path = self.root / output
-            if not path.exists():
-                raise FileNotFoundError(errno.ENOENT, f"stage {name!r} did not make {path}")
-            inside = path.is_relative_to(self.root)
-            recorded.append(str(path.relative_to(self.root) if inside else path))
-        stages = self._stages() | {name: {"inputs_hash": inputs_hash, "outputs": recorded}}
-        atomic_write_json(self.manifest, {"stages": stages})

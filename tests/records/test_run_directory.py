@@ -257,12 +257,11 @@ def test_run_directory_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert run.create() == run
     assert run.root == tmp_path / "runs" / "one"
     assert names(run.root) == ["adapter", "checkpoints", "completions", "eval", "tensorboard"]
-    files = [run.config, run.metrics, run.layer_grad_norms, run.manifest]
+    files = [run.config, run.metrics, run.layer_grad_norms]
     assert [path.relative_to(run.root).as_posix() for path in files] == [
         "config.yaml",
         "metrics.jsonl",
         "layer_grad_norms.jsonl",
-        "manifest.json",
     ]
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot make .*file: File exists"):
@@ -310,38 +309,3 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: p
         RunDirectory(tmp_path / "absent").lock(),
     ):
         pass
-
-
-def test_stages(tmp_path: Path):
-    run = RunDirectory(tmp_path / "run").create()
-    first, second = run_directory.hash_inputs({"seed": 1}), run_directory.hash_inputs({"seed": 2})
-    assert not run.stage_done("profile", first)
-    run_directory.atomic_write_json(run.eval / "profile.json", {})
-    outside = tmp_path / "report.md"
-    outside.touch()
-    run.mark_stage("profile", first, ["eval/profile.json", run.eval, outside])
-    run.mark_stage("train", second, [])
-    assert run.stage_done("profile", first)
-    assert not run.stage_done("profile", second)
-    assert not run.stage_done("train", first)
-    assert run.stage_done("train", second)
-    recorded = json.loads(run.manifest.read_text())["stages"]["profile"]["outputs"]
-    assert recorded == ["eval/profile.json", "eval", str(outside)]
-
-    moved = RunDirectory(run.root.rename(tmp_path / "moved"))
-    assert moved.stage_done("profile", first)
-    (moved.eval / "profile.json").unlink()
-    assert not moved.stage_done("profile", first)
-    moved.mark_stage("train", first, [])
-    assert moved.stage_done("train", first)
-    with pytest.raises(FileNotFoundError, match=r"stage 'eval' did not make .*eval/x\.json"):
-        moved.mark_stage("eval", first, ["eval/x.json"])
-    assert not moved.stage_done("eval", first)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\x00", '{"stages": []}'])
-def test_a_damaged_manifest_is_named(tmp_path: Path, text: str):
-    run = RunDirectory(tmp_path)
-    run.manifest.write_text(text)
-    with pytest.raises(ValueError, match=r"manifest\.json: not a manifest of stages"):
-        run.stage_done("train", "0")
