@@ -30,7 +30,7 @@ use_venv() {
     export VIRTUAL_ENV="$repo/.venv" PATH="$repo/.venv/bin:$PATH"
     # The stamp holds what was installed, so that a second call does nothing and a change does.
     stamp="$repo/.venv/.installed-${extra:-base}"
-    mark="$(cksum <"$repo/pyproject.toml")"
+    mark="$(cat "$repo/pyproject.toml" "$repo/constraints.txt" | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$mark" ]; then
         echo "installing jaxgrpo${extra:+[$extra]} (a minute or a few, once)" >&2
         if [ "$extra" = test ]; then
@@ -39,7 +39,7 @@ use_venv() {
                 "$(grep -o 'torch==[0-9.]*' "$repo/pyproject.toml")"
         fi
         (cd "$repo" && python -m pip install --quiet --disable-pip-version-check \
-            --editable ".${extra:+[$extra]}")
+            ${extra:+--constraint constraints.txt} --editable ".${extra:+[$extra]}")
         echo "$mark" >"$stamp"
     fi
 }
