@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from jaxgrpo import __version__
 from jaxgrpo.commands.bench import BENCH
 from jaxgrpo.commands.chat import CHAT
 from jaxgrpo.commands.check import CHECK
@@ -28,6 +29,7 @@ from jaxgrpo.commands.completion import make_completion
 from jaxgrpo.commands.compress import COMPRESS
 from jaxgrpo.commands.export import EXPORT
 from jaxgrpo.commands.plan import PLAN, dry_run
+from jaxgrpo.commands.settings import SETTINGS
 from jaxgrpo.commands.sweep import SWEEP
 from jaxgrpo.commands.training import EVAL, EXIT_INTERRUPTED, STUDY, TRAIN
 from jaxgrpo.config import Config, ConfigError
@@ -60,6 +62,7 @@ COMMANDS: dict[str, Command] = {
     "chat": CHAT,
     "bench": BENCH,
 }
+COMMANDS["settings"] = SETTINGS
 COMMANDS["completion"] = make_completion(COMMANDS)
 
 
@@ -68,9 +71,10 @@ def usage() -> str:
     rows = "\n".join(f"  {name:<11}{command.summary}" for name, command in COMMANDS.items())
     return (
         f"{PROGRAM} [COMMAND] [CONFIG.yaml | RUN_DIR ...] [key=value ...]\n\n{rows}\n\n"
-        "Without a COMMAND it trains; without a CONFIG, the embedded model on embedded\n"
-        "problems. COMMAND --help says more. Settings are key=value, for instance\n"
-        "lora.rank=8 optim.learning_rate=1e-4; --dry-run shows what they come to.\n"
+        "Settings without a COMMAND train; without a CONFIG, the embedded model on\n"
+        "embedded problems. COMMAND --help says more. Settings are key=value, for\n"
+        "instance lora.rank=8 optim.learning_rate=1e-4; --dry-run shows what they come\n"
+        "to; --version says which this is.\n"
     )
 
 
@@ -78,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 done, 2 the user's mistake, 1 another failure, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and words[0] in COMMANDS else None
-    if any(word in ("-h", "--help") for word in words) or words[:1] == ["help"]:
+    if words == ["--version"] and name is None:
+        print(f"jaxgrpo {__version__}")
+        return 0
+    alone = name is None and not words
+    if alone or any(word in ("-h", "--help") for word in words) or words[:1] == ["help"]:
         print(usage() if name is None else command_help(name, COMMANDS[name]), end="")
         return 0
     # Native libraries would otherwise interleave their own log lines with the progress bar.

@@ -5,4 +5,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 use_venv ""
 cd "$repo"
-exec python -m jaxgrpo.run "$@"
+exec python -m jaxgrpo.run "${@:-train}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from jaxgrpo.commands.command import Command
+from jaxgrpo.commands.command import STUDY_CONFIG, Command
 from jaxgrpo.commands.training import EXIT_INTERRUPTED
 from jaxgrpo.study.sweep import SweepConfig
 
@@ -31,9 +31,9 @@ SWEEP = Command(
     "  sweep.hosts=4 sweep.tpus=4   an arm over several hosts, through JaxTrainer\n"
     "  sweep.address=auto           the Ray cluster around, and not a local one\n"
     "  sweep.engine=sequential      one arm after another, as study does\n\n"
-    "Every setting is in jaxgrpo/study/sweep.py.",
-    "sweep configs/study_embedded.yaml --dry-run",
+    "`settings sweep` prints its settings.",
+    "sweep sweep.engine=sequential --dry-run",
     SweepConfig,
-    default=None,
+    default=STUDY_CONFIG,
     dry_run=True,
 )
