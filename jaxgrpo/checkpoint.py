@@ -1,8 +1,9 @@
 """Orbax checkpoints: adapters, optimizer state, counters, and what they belong to.
 
 Random keys and data order follow from (seed, step), so the step is the whole of their state; the
-configuration and the plan are saved to refuse a resume that would not be one. A manifest beside the
-state holds the sha256 of every array and of itself: what was not written is never resumed from.
+configuration, the plan and hashes of what was read are saved to refuse a resume that would not be
+one. A manifest beside the state holds the sha256 of every array and of itself: what was not written
+is never resumed from.
 """
 
 from __future__ import annotations
@@ -26,21 +27,11 @@ from jax.experimental import multihost_utils
 
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import encode_config
+from jaxgrpo.identity import decode_recorded, first_difference, identity
 from jaxgrpo.mesh import to_host
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.records.run_directory import hash_inputs
 from jaxgrpo.types import TrainState, Tree
-
-# What may differ between a run and its continuation: where it is, how it is watched, on what.
-_FREE = (
-    "run_dir",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "log_completions_every_steps",
-    "reward_timeout_s",
-    "wandb_project",
-)
-_FREE_SECTIONS = ("eval", "mesh")
 
 
 @dataclass(frozen=True)
@@ -48,18 +39,23 @@ class SavedAdapter:
     """What a checkpoint holds for everything but training: the adapters and their plan."""
 
     step: int
-    config: Mapping[str, Any]
+    config: Config
     plan: RankPlan
     lora: Tree
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
 
-    def __init__(self, path: Path, keep: int) -> None:
+    Args:
+        inputs: name -> hash of what the run reads, see `Session.inputs`.
+    """
+
+    def __init__(self, path: Path, keep: int, inputs: Mapping[str, str] | None = None) -> None:
         # Orbax logs every save and restore through absl, over the progress bar.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._path = path
+        self._inputs = dict(inputs or {})
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, create=True
         )
@@ -77,6 +73,7 @@ class Checkpoints:
             "next_step": step,
             "config": encode_config(config),
             "plan": plan.to_json(),
+            "inputs": self._inputs,
             "arrays": array_hashes(to_host(state)),
         }
         manifest["sha256"] = hash_inputs(manifest)
@@ -114,6 +111,7 @@ class Checkpoints:
             try:
                 manifest = read_manifest(self._path / str(step))
                 check_same_run(manifest, config, plan, self._path.parent)
+                check_same_inputs(manifest, self._inputs, config, self._path.parent)
                 check_same_state(manifest["arrays"], abstract, self._path / str(step))
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
                 state = self._manager.restore(step, args=args)["state"]
@@ -163,11 +161,12 @@ def read_adapter(path: Path) -> SavedAdapter | None:
                 {"lora": lora}, {k: v for k, v in recorded.items() if k.startswith("lora/")}
             )
             plan = RankPlan.from_json(manifest["plan"])
+            config = decode_recorded(manifest["config"], path / str(step))
         except Exception as error:  # as above
             reason = reason_of(error)
             warnings.warn(f"checkpoint {path / str(step)} is damaged: {reason}", stacklevel=2)
             continue
-        return SavedAdapter(int(manifest["next_step"]), manifest["config"], plan, lora)
+        return SavedAdapter(int(manifest["next_step"]), config, plan, lora)
     return None
 
 
@@ -248,38 +247,50 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return body
 
 
-def check_same_policy(saved: Mapping[str, Any], config: Config, run_dir: Path) -> None:
-    """Raises ConfigError unless a checkpoint's adapters belong to this model."""
-    difference = _first_difference(saved["model"]["path"], config.model.path, "model.path")
-    if difference:
-        raise ConfigError(f"{run_dir} was made with another model: {difference}")
+def check_same_policy(saved: Config, config: Config, run_dir: Path) -> None:
+    """Raises ConfigError unless a checkpoint's adapters are what these settings mean."""
+    for name in ("path", "revision"):
+        was, now = getattr(saved.model, name), getattr(config.model, name)
+        if difference := first_difference(was, now, f"model.{name}"):
+            raise ConfigError(f"{run_dir} was made with another model: {difference}")
+    adapter = config.lora.adapter
+    if adapter is not None and adapter != saved.lora.adapter:
+        raise ConfigError(
+            f"lora.adapter={adapter} cannot take effect: {run_dir} holds a checkpoint of its own; "
+            "give another run_dir"
+        )
 
 
 def check_same_run(meta: dict, config: Config, plan: RankPlan | None, run_dir: Path) -> None:
     """Raises ConfigError naming the first setting in which a checkpoint differs from `config`."""
-    # The plan first: it says more than the path of a plan file, or its absence.
-    difference = plan and _first_difference(meta["plan"], plan.to_json(), "plan")
-    free: set[str] = set(_FREE)
+    # The plan itself, which says more than the path of its file.
+    difference = plan and first_difference(meta["plan"], plan.to_json(), "plan")
+    free = ["eval", "lora.plan"]
     if config.optim.schedule == "constant":
-        free.add("steps")  # otherwise the learning rate of every step depends on it
-    saved, now = (
-        {key: value for key, value in raw.items() if key not in free | set(_FREE_SECTIONS)}
-        for raw in (meta["config"], encode_config(config))
-    )
-    difference = difference or _first_difference(saved, now, "")
+        free.append("steps")  # otherwise the learning rate of every step depends on it
+    if "adapter" in meta.get("inputs", {}) and config.lora.adapter is not None:
+        free.append("lora.adapter")  # known by its content, and so wherever it lies
+    saved = decode_recorded(meta["config"], run_dir)
+    difference = difference or first_difference(identity(saved, *free), identity(config, *free))
     if difference:
         raise ConfigError(
-            f"{run_dir} was made with another configuration: {difference}; "
-            "choose another run_dir, or remove this one to start over"
+            f"{run_dir} was made with another configuration: {difference}; {_ANOTHER_PLACE}"
         )
 
 
-def _first_difference(old: Any, new: Any, where: str) -> str | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(k for k in new if k not in old)]:
-            dotted = f"{where}.{key}" if where else str(key)
-            found = _first_difference(old.get(key), new.get(key), dotted)
-            if found:
-                return found
-        return None
-    return None if old == new else f"{where} was {old}, is {new}"
+def check_same_inputs(meta: dict, inputs: Mapping[str, str], config: Config, run_dir: Path) -> None:
+    """Raises ConfigError if a checkpoint was made from other files than are there now.
+
+    A checkpoint that recorded none says nothing about them.
+    """
+    where = {"train_prompts": f"data.path {config.data.path}", "adapter": config.lora.adapter}
+    for name, recorded in meta.get("inputs", {}).items():
+        if recorded != inputs.get(name, recorded):
+            raise ConfigError(
+                f"{where.get(name, name)} holds other {_HELD[name]} than {run_dir} was made with; "
+                f"{_ANOTHER_PLACE}"
+            )
+
+
+_HELD = {"train_prompts": "training rows (or the tokenizer another template)", "adapter": "weights"}
+_ANOTHER_PLACE = "choose another run_dir, or remove this one to start over"

@@ -190,7 +190,8 @@ class GrpoConfig:
     delta: float | None = None
     """Upper bound of the ratio in the unclipped term (two-sided clipping)."""
     kl_coef: float = 0.0
-    """Weight of the k3 estimate of KL(policy || base model)."""
+    """Weight of the k3 estimate of KL(policy || what training starts from): the base model, with
+    the adapter that lora.adapter names if there is one."""
     num_iterations: int = 1
     """Optimizer updates per rollout (mu)."""
     mask_truncated_completions: bool = False

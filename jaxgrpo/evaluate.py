@@ -47,10 +47,12 @@ class EvalResult:
     Attributes:
         metrics: `eval/...` name -> value.
         records: one per problem, with its completions and verdicts.
+        made_with: what it is a result of, from `evaluation_inputs`; None: it was not recorded.
     """
 
     metrics: dict[str, float]
     records: list[dict]
+    made_with: dict[str, Any] | None = None
 
     def describe(self) -> str:
         """Accuracy with its 95 % interval, for a person."""
@@ -60,6 +62,43 @@ class EvalResult:
             f"{m['eval/accuracy']:.1%}  (95 % interval {low:.1%} to {high:.1%}, "
             f"{len(self.records)} problems)"
         )
+
+
+def evaluation_inputs(config: Config, prompts: PromptSource, policy: str) -> dict[str, Any]:
+    """What an evaluation is a result of, as JSON: two of them compare if all but `policy` and
+    `seed` are the same."""
+    rollout, sampled = config.rollout, config.eval.temperature > 0
+    found: dict[str, Any] = {
+        "policy": policy,
+        "model": {"path": config.model.path, "revision": config.model.revision},
+        "data": {"path": config.data.path, "split": config.data.eval_split},
+        "prompts": prompts.sha256(config.eval.problems),
+        "reward": config.eval.reward,
+        "decoding": {
+            "temperature": config.eval.temperature,
+            "samples": config.eval.samples,
+            "max_completion_tokens": config.eval_max_completion_tokens,
+            "stop_token_ids": list(rollout.stop_token_ids),
+            "stop_strings": list(rollout.stop_strings),
+        },
+    }
+    if sampled:
+        names = ("top_k", "top_p", "min_p")
+        found["decoding"] |= {name: getattr(rollout, name) for name in names}
+        # The noise follows the place in a batch.
+        found["decoding"]["batch_prompts"] = config.eval.batch_prompts
+        found["seed"] = config.seed
+    return found
+
+
+def comparable(one: EvalResult, other: EvalResult) -> bool:
+    """Whether two results differ by the policy alone, as far as was recorded."""
+    if one.made_with is None or other.made_with is None:
+        return one.made_with is other.made_with
+    differ = {
+        k for k in one.made_with | other.made_with if one.made_with.get(k) != other.made_with.get(k)
+    }
+    return differ <= {"policy", "seed"}
 
 
 def evaluate(
@@ -74,6 +113,7 @@ def evaluate(
     step: int,
     directory: Path,
     console: Console,
+    policy: str = "",
     stopping: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
     """Completes every problem and judges it; writes step_XXXXXX.jsonl and .json to `directory`.
@@ -83,6 +123,7 @@ def evaluate(
 
     Args:
         reward: what `eval.reward` names.
+        policy: whose weights these are, for the record.
 
     Raises:
         StoppedError: `stopping` said so between two batches; nothing was written.
@@ -109,13 +150,18 @@ def evaluate(
             tokens_done += int(rollout.lengths[: real * config.eval.samples].sum())
             speed = tokens_done / max(stage.elapsed_s, 1e-9)
             stage.update(min(start + count, total), f"{speed:,.0f} tok/s")
-    result = EvalResult(metrics=eval_metrics(records, config.eval.samples), records=records)
+    result = EvalResult(
+        metrics=eval_metrics(records, config.eval.samples),
+        records=records,
+        made_with=evaluation_inputs(config, prompts, policy),
+    )
     if jax.process_index() == 0:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         name = f"step_{step:06d}"
         text = lines.encode("utf-8", "backslashreplace").decode()
         atomic_write_text(directory / f"{name}.jsonl", text)
-        atomic_write_json(directory / f"{name}.json", result.metrics)
+        made_with = {"made_with": result.made_with}
+        atomic_write_json(directory / f"{name}.json", result.metrics | made_with)
     return result
 
 
@@ -125,7 +171,8 @@ def read_eval(directory: Path, step: int) -> EvalResult | None:
     if not path.is_file() or not path.with_suffix(".jsonl").is_file():
         return None
     metrics = json.loads(path.read_text(encoding="utf-8"))
-    return EvalResult(metrics=metrics, records=read_jsonl(path.with_suffix(".jsonl")))
+    made_with = metrics.pop("made_with", None)
+    return EvalResult(metrics, read_jsonl(path.with_suffix(".jsonl")), made_with)
 
 
 def score_completions(

@@ -247,7 +247,7 @@ def make_train_batch(
         old = programs.logprobs(session.base, lora, session.device_plan, batch)
         batch = dataclasses.replace(batch, old_logprobs=old)
     if config.grpo.kl_coef > 0:
-        ref = programs.logprobs(session.base, None, None, batch)
+        ref = programs.logprobs(session.base, *(session.reference or (None, None)), batch)
         batch = dataclasses.replace(batch, ref_logprobs=ref)
     return batch
 

@@ -56,6 +56,7 @@ class Session:
         rewards: name -> function, in the configuration's order.
         eval_reward: what says which completions are right.
         stop: what ends a completion.
+        reference: adapters and plan of the policy that KL is measured to; None: the base model.
     """
 
     config: Config
@@ -72,6 +73,19 @@ class Session:
     eval_reward: Callable
     stop: StopRules
     adapter: StackedAdapter | None = None
+    reference: tuple[Tree, LoraPlan] | None = None
+
+    @property
+    def prompt_hashes(self) -> dict[str, str]:
+        """Of the prompts that training draws from, and of those that evaluation takes."""
+        count = self.config.eval.problems
+        return {"train": self.train_prompts.sha256(), "eval": self.eval_prompts.sha256(count)}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Hashes of what a run reads besides its settings: it may go on only from the same."""
+        found = {"train_prompts": self.train_prompts.sha256()}
+        return found if self.adapter is None else found | {"adapter": self.adapter.sha256()}
 
     def with_config(self, config: Config) -> Session:
         """The same model, data and mesh under another configuration: seed, plan, scale rule, steps.
@@ -187,7 +201,7 @@ def open_session(config: Config, console: Console | None = None) -> Session:
         for problems, left_out in found
     )
     model_config, base = model.load(console)
-    return Session(
+    session = Session(
         config=config,
         mesh=model.mesh,
         model_dir=model.model_dir,
@@ -203,6 +217,10 @@ def open_session(config: Config, console: Console | None = None) -> Session:
         stop=model.stop,
         adapter=model.adapter,
     )
+    if model.adapter is None or config.grpo.kl_coef == 0:
+        return session
+    # As TRL's: what training starts from, and not the model under it.
+    return dataclasses.replace(session, reference=(session.init_lora(), session.device_plan))
 
 
 def resolve_plan(config: LoraConfig, model: Qwen2Config) -> tuple[RankPlan, StackedAdapter | None]:

@@ -16,16 +16,16 @@ import jax
 from rich.console import Console
 
 from jaxgrpo import __version__
-from jaxgrpo.checkpoint import Checkpoints, check_same_policy, numbered, read_adapter
+from jaxgrpo.checkpoint import Checkpoints, numbered
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import dump_config, encode_config, flat_settings
 from jaxgrpo.divergence import DivergenceGuard
-from jaxgrpo.evaluate import EvalResult, StoppedError, evaluate, read_eval
+from jaxgrpo.evaluate import EvalResult, StoppedError, evaluation_inputs, read_eval
+from jaxgrpo.evaluate_run import run_eval, start_policy
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.iteration import Programs, make_programs, run_step
 from jaxgrpo.mesh import to_host
 from jaxgrpo.model.adapters import save_adapter
-from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.processes import any_process, check_agreement, check_shared, first_process
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.records.metrics import MetricWriter, completions_table
@@ -85,14 +85,16 @@ def train_session(
     held = run.lock() if first_process() else nullcontext()
     with held, saying_what_is_saved(run):
         fresh = init_train_state(session.init_lora(), programs.optimizer, track_sensitivity)
-        checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
+        checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints, session.inputs)
         fixed = None if replan else session.plan
         restored = checkpoints.restore_latest(fresh, config, fixed)
-        state, start, plan = restored or (fresh, 0, session.plan)
+        start_plan = session.plan
+        state, start, plan = restored or (fresh, 0, start_plan)
         if restored is not None:
             console.print(f"resuming {run.root} after step {start} of {config.steps}")
             session = session.with_plan(plan)
         check_agreement("settings", json.dumps(encode_config(config), sort_keys=True))
+        check_agreement("data", json.dumps(session.inputs, sort_keys=True))
         check_agreement("rank plans", json.dumps(plan.to_json(), sort_keys=True))
         check_agreement("checkpoints to go on from", str(start))
         if first_process():
@@ -100,7 +102,9 @@ def train_session(
         writer = MetricWriter(run, flat_settings(config))
         writer.rewind(start)
         with writer, stop_requested() as stopping:
-            loop = Loop(session, programs, run, checkpoints, writer, console, replan, stopping)
+            loop = Loop(
+                session, programs, run, checkpoints, writer, console, replan, stopping, start_plan
+            )
             return loop.run_to_end(state, start)
 
 
@@ -116,6 +120,7 @@ class Loop:
     console: Console
     replan: Replan | None
     stopping: threading.Event
+    start_plan: RankPlan
 
     def run_to_end(self, state: TrainState, start: int) -> TrainResult:
         """Trains, evaluates and exports; whatever asks it to stop, the state is saved."""
@@ -123,12 +128,9 @@ class Loop:
         metrics = self.writer.last_step()
         try:
             if config.eval.before_training:
-                before = start and read_eval(self.run.eval, 0)
-                # What training starts from: the base model, unless there is an adapter.
-                first = None if self.session.adapter is None or start else state
-                before = before or self.evaluate(first, 0)
+                before = self.evaluate_start(resumed=start > 0)
             if 0 < start < config.steps and self.evaluation_due(start):
-                self.evaluate(state, start)  # it was stopped after the checkpoint of this step
+                self.evaluate(state.lora, start)  # it was stopped after the checkpoint of this step
             with ProgressBar(config.steps, start, self.console) as bar:
                 for step in range(start, config.steps):
                     state, metrics = self.step(state, step, bar)
@@ -136,16 +138,16 @@ class Loop:
                     if done < config.steps and self.should_stop():
                         raise StoppedError
                     if done < config.steps and self.evaluation_due(done):
-                        self.evaluate(state, done)
+                        self.evaluate(state.lora, done)
             model = str(config.model.path)
             lora = to_host(state.lora)
             if first_process():
                 save_adapter(self.run.adapter, lora, self.session.plan, model)
-            after = self.evaluate(state, done) if config.eval.after_training else None
+            after = self.evaluate(state.lora, done) if config.eval.after_training else None
         except StoppedError:
             if done > start:
                 self.checkpoints.save(done, state, config, self.session.plan)
-            return TrainResult(before or None, None, self.run, metrics, interrupted=True)
+            return TrainResult(before, None, self.run, metrics, interrupted=True)
         except ConfigError:
             # A reward that failed in an evaluation must not cost the steps before it.
             if done > start:
@@ -156,7 +158,7 @@ class Loop:
             self.writer.write_result(done, result.after.metrics)
         if first_process():
             self.write_card(result)
-            atomic_write_json(self.run.summary, summary(self.session, result))
+            atomic_write_json(self.run.summary, summary(self.session, result, self.start_plan))
         return result
 
     def should_stop(self) -> bool:
@@ -218,17 +220,29 @@ class Loop:
         every = self.session.config.eval.every_steps
         return bool(every) and done % every == 0
 
-    def evaluate(self, state: TrainState | None, step: int) -> EvalResult:
-        return run_eval(
+    def evaluate_start(self, resumed: bool) -> EvalResult:
+        """Of what training starts from; a resumed run has it already, if it was made so."""
+        session, policy = self.session, start_policy(self.session)
+        known = read_eval(self.run.eval, 0) if resumed else None
+        if known and known.made_with == evaluation_inputs(
+            session.config, session.eval_prompts, policy
+        ):
+            return known
+        return self.evaluate(None if session.adapter is None else session.init_lora(), 0, policy)
+
+    def evaluate(self, lora: Tree | None, step: int, policy: str | None = None) -> EvalResult:
+        result = run_eval(
             self.session,
             self.programs,
-            None if state is None else state.lora,
+            lora,
             step,
-            self.run,
-            self.writer,
+            self.run.eval,
+            policy or f"step {step}",
             self.console,
             self.should_stop,
         )
+        self.writer.write(step, result.metrics)
+        return result
 
 
 @contextmanager
@@ -242,64 +256,7 @@ def saying_what_is_saved(run: RunDirectory) -> Iterator[None]:
         raise OSError(f"{error}; {saved}: mend it and run the same command again") from error
 
 
-def run_eval(
-    session: Session,
-    programs: Programs,
-    lora: Tree | None,
-    step: int,
-    run: RunDirectory,
-    writer: MetricWriter,
-    console: Console,
-    stopping: Callable[[], bool] = lambda: False,
-) -> EvalResult:
-    """Evaluates the policy; lora None means the base model."""
-    config = session.config
-    plan = None if lora is None else session.device_plan
-    result = evaluate(
-        programs.generate_eval,
-        make_decode_weights(
-            session.model_config, session.base, lora, plan, config.rollout.merge_lora
-        ),
-        session.eval_prompts,
-        session.tokenizer,
-        session.eval_reward,
-        config,
-        mesh=session.mesh,
-        step=step,
-        directory=run.eval,
-        console=console,
-        stopping=stopping,
-    )
-    writer.write(step, result.metrics)
-    return result
-
-
-def evaluate_run(config: Config, console: Console) -> EvalResult:
-    """Evaluates the newest checkpoint of `run_dir`; without one, `lora.adapter` or the base model.
-
-    Raises:
-        ConfigError: the checkpoint belongs to another model or data set.
-    """
-    session = open_session(config, console)
-    run = RunDirectory(Path(config.run_dir)).create()
-    check_shared(run.root)
-    held = run.lock() if first_process() else nullcontext()
-    with held, jax.set_mesh(session.mesh):
-        saved = read_adapter(run.checkpoints)
-        if saved is not None:
-            check_same_policy(saved.config, config, run.root)
-            session = session.with_plan(saved.plan)
-            lora, step, what = session.place_lora(saved.lora), saved.step, f"{run.root}"
-            what += f" after step {step}"
-        else:
-            lora = None if session.adapter is None else session.init_lora()
-            step, what = 0, config.lora.adapter or "the base model: there is no checkpoint"
-        console.print(f"evaluating {what}", highlight=False, soft_wrap=True)
-        with MetricWriter(run) as writer:
-            return run_eval(session, make_programs(session), lora, step, run, writer, console)
-
-
-def summary(session: Session, result: TrainResult) -> dict:
+def summary(session: Session, result: TrainResult, start_plan: RankPlan) -> dict:
     """What summary.json holds."""
     model, plan = session.model_config, session.plan
     return {
@@ -310,6 +267,8 @@ def summary(session: Session, result: TrainResult) -> dict:
             "dtype": model.dtype,
         },
         "plan": plan.to_json(),
+        "start_ranks": start_plan.to_json()["ranks"],
+        "prompts": session.prompt_hashes,
         "trainable_parameters": plan.trainable_parameters(model.module_shapes),
         "eval_before": None if result.before is None else result.before.metrics,
         "eval_after": None if result.after is None else result.after.metrics,

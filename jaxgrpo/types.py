@@ -147,7 +147,7 @@ class TrainBatch:
         packing: the tokens of the rows that are computed.
         old_logprobs: the trainer's at the time of sampling; None: this update is the first after
             sampling, so the current log-probs (gradient stopped) serve.
-        ref_logprobs: of the reference policy; None when kl_coef is 0.
+        ref_logprobs: of what training starts from; None when kl_coef is 0.
     """
 
     loss_mask: Float[Array, "B C"]

@@ -73,7 +73,9 @@ def accuracy(run_dir: Path, *settings: str) -> float:
     code = jaxgrpo(["eval", f"run_dir={run_dir}", *settings])
     if code:
         raise SystemExit(code)
-    return json.loads((run_dir / "eval" / "step_000000.json").read_text())["eval/accuracy"]
+    written = run_dir.glob("evaluations/*/step_000000.json")
+    newest = max(written, key=lambda path: path.stat().st_mtime)
+    return json.loads(newest.read_text())["eval/accuracy"]
 
 
 def main() -> None:

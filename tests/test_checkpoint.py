@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -15,14 +16,16 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgrpo.checkpoint import Checkpoints
+from jaxgrpo.checkpoint import Checkpoints, read_adapter
 from jaxgrpo.config import Config, ConfigError, MeshConfig, OptimConfig
 from jaxgrpo.config_files import load_config
 from jaxgrpo.grpo.optimizer import learning_rate_in, make_optimizer
 from jaxgrpo.grpo.step import init_train_state
+from jaxgrpo.identity import first_difference
 from jaxgrpo.mesh import make_mesh, sharding
 from jaxgrpo.model.api import Qwen2Config, init_lora, lora_logical_axes
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.records.run_directory import hash_inputs
 from jaxgrpo.types import TrainState
 
 MODEL = Qwen2Config(
@@ -204,6 +207,62 @@ def test_another_configuration_is_refused_by_its_key(saved, override, message):
     assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
 
 
+def as_saved_before(folder, *settings):
+    """Takes settings out of a checkpoint, as if it were older than they are."""
+    path = folder / "manifest" / "metadata"
+    manifest = json.loads(path.read_text())
+    for name in settings:
+        section, key = name.split(".")
+        del manifest["config"][section][key]
+    del manifest["sha256"], manifest["inputs"]
+    path.write_text(json.dumps(manifest | {"sha256": hash_inputs(manifest)}))
+
+
+def test_a_setting_younger_than_a_run_has_its_default_there(copy):
+    as_saved_before(copy / "3", "grpo.importance_cap", "data.max_prompt_tokens")
+    with no_warning():
+        assert restore(copy)[1] == 3
+        assert read_adapter(copy).config == CONFIG
+    with pytest.raises(ConfigError, match=r"grpo\.importance_cap was 3\.0, is 4\.0"):
+        restore(copy, load_config([], ["grpo.importance_cap=4"]))
+
+
+def test_a_setting_that_there_is_no_more_is_named(copy):
+    path = copy / "3" / "manifest" / "metadata"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    manifest["config"]["grpo"]["old_setting"] = 1
+    path.write_text(json.dumps(manifest | {"sha256": hash_inputs(manifest)}))
+    with pytest.raises(ConfigError, match=r"another version of jaxgrpo: .*grpo\.old_setting"):
+        restore(copy)
+
+
+def test_other_data_and_other_starting_weights_are_refused(tmp_path):
+    config = load_config([], ["data.path=rows.jsonl", "lora.adapter=start"])
+    made = {"train_prompts": "a", "adapter": "b"}
+    Checkpoints(tmp_path / "c", 1, made).save(1, state_after(1), config, PLAN)
+
+    def again(inputs, config=config):
+        return Checkpoints(tmp_path / "c", 1, inputs).restore_latest(state_after(0), config, PLAN)
+
+    assert again(made)[1] == 1
+    # The same weights are the same start, wherever they lie.
+    moved = load_config([], ["data.path=rows.jsonl", "lora.adapter=moved"])
+    assert again(made, moved)[1] == 1
+    with pytest.raises(ConfigError, match=r"data\.path rows\.jsonl holds other training rows"):
+        again(made | {"train_prompts": "c"})
+    with pytest.raises(ConfigError, match="start holds other weights"):
+        again(made | {"adapter": "c"})
+    with pytest.raises(ConfigError, match=r"lora\.adapter was start, is None"):
+        again({"train_prompts": "a"}, load_config([], ["data.path=rows.jsonl"]))
+
+
+def test_both_values_are_seen_however_long_they_are(saved):
+    long = "x" * 5000
+    with pytest.raises(ConfigError, match=r"was x{159}….*, is None"):
+        raise ConfigError(f"{first_difference({'a': long}, {}, '')}")
+
+
 def test_another_plan_is_refused_by_its_key(saved):
     with pytest.raises(ConfigError, match=r"plan\.ranks\.q_proj was \[3, 1\], is \[3, 2\]"):
         restore(saved, plan=make_plan((3, 2)))
@@ -218,6 +277,9 @@ def test_another_plan_is_refused_by_its_key(saved):
         ["steps=500"],
         ["eval.every_steps=5", "eval.samples=4", "eval.temperature=1"],
         ["mesh.data=2", "mesh.fsdp=4"],
+        ["grpo.micro_batches=2", "grpo.logprob_chunk_tokens=64", "model.remat=full"],
+        # The ranks themselves are compared, wherever they were read from.
+        ["lora.plan=elsewhere.json"],
         ["checkpoint_every_steps=1", "keep_checkpoints=9", "log_completions_every_steps=0"],
     ],
 )

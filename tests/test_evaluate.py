@@ -14,7 +14,15 @@ from rich.console import Console
 
 from jaxgrpo.config import ConfigError, EvalConfig, MeshConfig, RolloutConfig
 from jaxgrpo.config_files import load_config
-from jaxgrpo.evaluate import EvalResult, eval_metrics, evaluate, judge, judge_gsm8k, pass_at_k
+from jaxgrpo.evaluate import (
+    EvalResult,
+    eval_metrics,
+    evaluate,
+    judge,
+    judge_gsm8k,
+    pass_at_k,
+    read_eval,
+)
 from jaxgrpo.mesh import make_mesh
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.model.weights import EMBEDDED_DIR, load_model
@@ -191,7 +199,9 @@ def test_greedy_evaluation_is_whole_and_on_disk(run_eval, tmp_path):
         "step_000040.jsonl",
     ]
     assert read(tmp_path / "step_000040.jsonl") == result.records
-    assert json.loads((tmp_path / "step_000040.json").read_text()) == result.metrics
+    kept = json.loads((tmp_path / "step_000040.json").read_text())
+    assert kept.pop("made_with") == result.made_with and kept == result.metrics
+    assert read_eval(tmp_path, 40) == result
     # Six of two batches of four: the filling of the second is not counted.
     assert [record["index"] for record in result.records] == list(range(6))
     assert result.metrics["eval/problems"] == 6.0

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from jaxgrpo.commands.command import Command
+from jaxgrpo.commands.training import OF_TRAINING
 from jaxgrpo.config import Config, ConfigError
 
 
@@ -128,4 +129,5 @@ CHAT = Command(
     "  eval.max_completion_tokens=100",
     'chat runs/try prompt="Tom has 3 apples and buys 4. Sum?"',
     config=ChatSettings,
+    fixed=OF_TRAINING,
 )

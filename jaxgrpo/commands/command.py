@@ -13,9 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from jaxgrpo.config import Config, ConfigError
-from jaxgrpo.config_files import load_config
+from jaxgrpo.config_files import flat_settings, load_config
+from jaxgrpo.identity import first_difference, is_of, read_recorded
 
 EMBEDDED_CONFIG = Path(__file__).resolve().parent.parent / "assets" / "embedded.yaml"
+STUDY_CONFIG = EMBEDDED_CONFIG.with_name("study_embedded.yaml")
 PROGRAM = "python -m jaxgrpo.run"
 
 
@@ -29,11 +31,13 @@ class Command:
         help: what else there is to know, in lines of at most 80 characters.
         example: arguments that work as they stand.
         config: the dataclass of its settings.
-        default: the file of settings if none is named; None: one must be.
+        default: the file of settings if none is named.
         positional: the setting that a word without "=" gives; None: such words are files of
             settings, or run directories.
         collects: what takes its own words out before settings are read, and gives settings.
         dry_run: whether --dry-run is understood.
+        ignores: settings and sections that never take effect here: giving one is an error.
+        fixed: those that a checkpoint in run_dir has settled: giving another value is an error.
     """
 
     run: Callable[[Any, Console], int]
@@ -41,10 +45,12 @@ class Command:
     help: str
     example: str
     config: type = Config
-    default: Path | None = EMBEDDED_CONFIG
+    default: Path = EMBEDDED_CONFIG
     positional: str | None = None
     collects: Callable[[list[str]], tuple[list[str], dict[str, Any]]] | None = None
     dry_run: bool = False
+    ignores: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
 
 
 def parse_settings(name: str, command: Command, words: Sequence[str]) -> Any:
@@ -69,11 +75,31 @@ def parse_settings(name: str, command: Command, words: Sequence[str]) -> Any:
             raise ConfigError(f"{name} takes one {command.positional}, got {' and '.join(paths)}")
         settings = load_config([], overrides, command.config, _positional(command, paths))
     else:
-        if not paths and command.default is None:
-            raise ConfigError(f"{name} needs a CONFIG, for instance configs/study_embedded.yaml")
         files = paths or [str(command.default)]
         settings = load_config(*_run_directories(files, overrides), command.config)
+        check_effect(name, command, overrides, settings)
     return dataclasses.replace(settings, **collected) if collected else settings
+
+
+def check_effect(name: str, command: Command, overrides: Sequence[str], settings: Any) -> None:
+    """Raises ConfigError on the first setting of the command line that cannot take effect."""
+    given = [override.partition("=")[0] for override in overrides]
+    for key in given:
+        if is_of(key, command.ignores):
+            raise ConfigError(f"{key} cannot take effect: {name} has no use for it")
+    fixed = [key for key in given if is_of(key, command.fixed)]
+    run = Path(settings.run_dir).expanduser()
+    if not fixed or not any(run.glob("checkpoints/[0-9]*")):
+        return
+    recorded = read_recorded(run / "config.yaml")
+    was, now = ({} if c is None else flat_settings(c) for c in (recorded, settings))
+    for key in ("rewards" if key.startswith("rewards.") else key for key in fixed):
+        old, new = ({n: v for n, v in all_of.items() if is_of(n, [key])} for all_of in (was, now))
+        if old and (difference := first_difference(old, new)):
+            raise ConfigError(
+                f"{key} cannot take effect: {run} holds a checkpoint; {difference}; "
+                "give another run_dir"
+            )
 
 
 def _positional(command: Command, paths: list[str]) -> dict[str, Any]:
@@ -113,10 +139,10 @@ def nearest_command(word: str, commands: Sequence[str]) -> str | None:
 
 def command_help(name: str, command: Command) -> str:
     """What COMMAND --help prints: it fits a screen of 24 lines."""
-    words = "DIRECTORY" if command.positional else "[CONFIG|RUN_DIR ...]"
-    words = "bash|zsh" if command.positional == "shell" else words
+    places = {None: "[CONFIG|RUN_DIR ...]", "shell": "bash|zsh", "section": "[SECTION]"}
+    words = places.get(command.positional, "DIRECTORY")
     option = " [--dry-run]" if command.dry_run else ""
-    settings = " [key=value ...]" if command.positional != "shell" else ""
+    settings = " [key=value ...]" if command.positional not in ("shell", "section") else ""
     return (
         f"{PROGRAM} {name} {words}{settings}{option}\n\n{command.summary}\n\n"
         f"{command.help.strip()}\n\nexample:\n  {PROGRAM} {command.example}\n"

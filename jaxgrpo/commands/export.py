@@ -81,7 +81,8 @@ def read_source(source: Path, model: str | None) -> tuple[Any, dict, Mapping[str
     import dataclasses
 
     from jaxgrpo.checkpoint import read_adapter
-    from jaxgrpo.evaluate import read_eval
+    from jaxgrpo.config_files import encode_config
+    from jaxgrpo.evaluate import comparable, read_eval
     from jaxgrpo.model.adapters import adapter_from_lora
     from jaxgrpo.model.peft_files import CONFIG_FILE, read_peft
     from jaxgrpo.records.run_directory import RunDirectory
@@ -95,16 +96,19 @@ def read_source(source: Path, model: str | None) -> tuple[Any, dict, Mapping[str
     saved = read_adapter(files.checkpoints)
     if saved is None:
         raise ConfigError(f"{source} holds neither {CONFIG_FILE} nor a whole checkpoint of a run")
-    adapter = adapter_from_lora(saved.lora, saved.plan, model or saved.config["model"]["path"])
-    scores = {"before": read_eval(files.eval, 0), "after": read_eval(files.eval, saved.step)}
+    adapter = adapter_from_lora(saved.lora, saved.plan, model or saved.config.model.path)
+    before, after = (read_eval(files.eval, step) for step in (0, saved.step))
+    if before and after and not comparable(before, after):
+        before = None
+    scores = {"before": before, "after": after}
     facts = {
-        "config": saved.config,
+        "config": encode_config(saved.config),
         "step": saved.step,
         "plan": saved.plan,
         "parameters": adapter.parameters,
         "scores": scores_of({name: r and r.metrics for name, r in scores.items()}),
     }
-    return adapter, facts, saved.config["model"]
+    return adapter, facts, facts["config"]["model"]
 
 
 EXPORT = Command(

@@ -201,4 +201,5 @@ PLAN = Command(
     "plan lora.rank=8 layers.0-1=4 q_proj.7=16 out=plan.json",
     config=PlanSettings,
     collects=take_edits,
+    ignores=("grpo", "optim", "rollout", "data", "eval", "mesh", "rewards", "steps", "objective"),
 )

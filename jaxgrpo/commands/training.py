@@ -6,11 +6,24 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from jaxgrpo.commands.command import Command
+from jaxgrpo.commands.command import STUDY_CONFIG, Command
 from jaxgrpo.config import Config
 from jaxgrpo.study.config import StudyConfig
 
 EXIT_INTERRUPTED = 130
+OF_TRAINING = (
+    "lora",
+    "optim",
+    "grpo",
+    "steps",
+    "objective",
+    "weight_grad_norms",
+    "rewards",
+    "rollout.temperature",
+    "data.train_split",
+    "data.embedded_problems",
+)
+"""What a checkpoint was trained with, and no evaluation of it can change."""
 
 
 def run_train(config: Config, console: Console) -> int:
@@ -34,13 +47,14 @@ def run_train(config: Config, console: Console) -> int:
 
 
 def run_eval(config: Config, console: Console) -> int:
+    from jaxgrpo.evaluate_run import evaluate_run
     from jaxgrpo.processes import joined
-    from jaxgrpo.train import evaluate_run
 
     with joined() as first:
         console = console if first else Console(quiet=True)
-        result = evaluate_run(config, console)
+        result, records = evaluate_run(config, console)
     console.print(f"accuracy {result.describe()}")
+    console.print(f"records  {records}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -65,7 +79,7 @@ TRAIN = Command(
     "  model.path=DIR_OR_HUB_ID data.path=DIR_OR_HUB_ID\n"
     "  lora.rank=8 lora.plan=plan.json lora.adapter=PEFT_DIR (what to start from)\n"
     "  optim.learning_rate=1e-4 grpo.loss=dapo rewards.my_file:my_reward=1.0\n\n"
-    "Every setting is in jaxgrpo/config.py. Ctrl-C and SIGTERM save and end with 130;\n"
+    "`settings` prints every setting. Ctrl-C and SIGTERM save and end with 130;\n"
     "the same command again goes on. --dry-run prints settings, plan and memory.",
     "train steps=4 run_dir=runs/try",
     dry_run=True,
@@ -76,18 +90,21 @@ EVAL = Command(
     "  eval.problems=200                      so many problems of the split\n"
     "  eval.samples=4 eval.temperature=0.7    pass@1, pass@2 and pass@4\n"
     "  lora.adapter=DIRECTORY                 a PEFT adapter, from here or elsewhere\n\n"
-    "Every problem with its completions and verdicts is written to run_dir/eval.",
+    "Every problem with its completions and verdicts is written to a folder of its own\n"
+    "in run_dir/evaluations; what training evaluated, in run_dir/eval, stays as it is.",
     "eval runs/try eval.problems=64",
     dry_run=True,
+    fixed=OF_TRAINING,
 )
 STUDY = Command(
     run_study_command,
     "profile, allocate, train the arms, compare, write report.html",
     "Every stage that is done is skipped, so the same command again goes on.\n\n"
     "  run_dir=runs/mine study.arms.seeds=[0,1,2] study.arms.plans=[uniform,inverse]\n\n"
-    "Every setting is in jaxgrpo/study/config.py.",
-    "study configs/study_embedded.yaml --dry-run",
+    "Without a CONFIG, four plans on the embedded model. `settings study` prints its\n"
+    "settings.",
+    "study study.arms.seeds=[0] --dry-run",
     StudyConfig,
-    default=None,
+    default=STUDY_CONFIG,
     dry_run=True,
 )

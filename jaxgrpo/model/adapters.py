@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,6 +60,15 @@ class StackedAdapter:
     scales: Mapping[str, np.ndarray]
     a: Mapping[str, np.ndarray]
     b: Mapping[str, np.ndarray]
+
+    def sha256(self) -> str:
+        """A hash of its weights, wherever they were read from."""
+        digest = hashlib.sha256()
+        for part in (self.ranks, self.scales, self.a, self.b):
+            for module, values in part.items():
+                digest.update(f"{module} {values.dtype} {values.shape} ".encode())
+                digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
 
     def start(self, lora: Tree, plan: RankPlan) -> Tree:
         """`lora` with this adapter in its first columns.

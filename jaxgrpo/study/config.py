@@ -195,6 +195,10 @@ class StudyConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.lora.plan is None, "a study makes its own plans: leave lora.plan out")
+        _require(
+            self.lora.adapter is None,
+            "a study makes its own plans, and an adapter has its own ranks: leave lora.adapter out",
+        )
         _require(self.lora.max_rank is None, "a study sets lora.max_rank: leave it out")
         _require(
             self.objective == "grpo",

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 from rich.console import Console
 
-from jaxgrpo.config import Config
+from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.iteration import Programs, make_programs
+from jaxgrpo.records.run_directory import RunDirectory
 from jaxgrpo.session import Session, open_session, warn_user
-from jaxgrpo.study.config import Interrupted
+from jaxgrpo.study.config import Interrupted, StudyFiles
 from jaxgrpo.train import Replan, train_session
+
+
+def check_same_prompts(config: Config, session: Session) -> None:
+    """Raises ConfigError if a study's data is not what its profile was made from."""
+    profile = RunDirectory(StudyFiles(config.run_dir).profile("grpo"))
+    if not profile.summary.is_file():
+        return
+    recorded = json.loads(profile.summary.read_text(encoding="utf-8")).get("prompts", {})
+    for split, now in session.prompt_hashes.items():
+        if recorded.get(split, now) != now:
+            raise ConfigError(
+                f"data.path {config.data.path} holds other rows ({split}) than when the study in "
+                f"{config.run_dir} began; choose another run_dir, or remove this one to start over"
+            )
 
 
 class Lab:
@@ -27,6 +43,7 @@ class Lab:
     def session(self) -> Session:
         if self._session is None:
             self._session = open_session(self._config, self._console)
+            check_same_prompts(self._config, self._session)
             warn_user(self._config, self._session, self._console)
         return self._session
 

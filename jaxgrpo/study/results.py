@@ -14,7 +14,7 @@ from jaxgrpo.stats import Interval, RunLayout
 from jaxgrpo.study.amplification import amplification, amplification_verdict
 from jaxgrpo.study.comparisons import compare, detectable, planned_contrasts
 from jaxgrpo.study.config import DYNAMIC, Arm, StudyConfig, StudyFiles, arm_label, list_arms
-from jaxgrpo.study.evals import Answers, measures, read_answers
+from jaxgrpo.study.evals import Answers, Questions, measures, read_answers
 from jaxgrpo.study.importance import importance
 from jaxgrpo.study.norms import layer_norms, read_norms
 from jaxgrpo.study.paper import paper_rows
@@ -39,14 +39,18 @@ VIEWS = ("l2", "weight", "rank_free", "rms")
 
 
 def collect_results(config: StudyConfig) -> Results:
-    """What results.json holds; what has not run yet is null or left out."""
+    """What results.json holds; what has not run yet is null or left out.
+
+    Raises:
+        ConfigError: two arms were not asked the same questions in the same way.
+    """
     files = StudyFiles(config.run_dir)
     groups: dict[str, list[Arm]] = {}
     for arm in list_arms(config):
         groups.setdefault(arm.group, []).append(arm)
-    answers = {}
+    answers, questions = {}, Questions()
     for group, arms in groups.items():
-        found = read_answers([files.arm(arm) for arm in arms], config.steps, config)
+        found = read_answers([files.arm(arm) for arm in arms], config.steps, config, questions)
         if found is not None:
             answers[group] = found
     labels = {group: arm_label(arms[0], config) for group, arms in groups.items()}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
-import yaml
 
 from jaxgrpo.config import Config, ConfigError, Objective, ScaleRule
-from jaxgrpo.config_files import encode_config
+from jaxgrpo.identity import first_difference, identity, read_recorded
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json
 from jaxgrpo.study.config import (
     Arm,
@@ -101,13 +101,21 @@ def arm_configs(config: StudyConfig) -> list[Config]:
 
 
 def is_done(config: Config) -> bool:
-    """Whether this very run has finished; read without jax, so that a report is quick."""
+    """Whether this very run has finished; read without jax, so that a report is quick.
+
+    It is known by its settings, those of its evaluation included, and by its ranks, wherever the
+    study lies.
+    """
     run = RunDirectory(config.run_dir)  # type: ignore[arg-type]
-    if not run.summary.is_file() or not run.config.is_file():
+    if not run.summary.is_file():
         return False
-    # Through JSON, since YAML has no tuples.
-    wanted = json.loads(json.dumps(encode_config(config)))
-    return yaml.safe_load(run.config.read_text(encoding="utf-8")) == wanted
+    recorded = read_recorded(run.config)
+    if recorded is None or identity(recorded, "lora.plan") != identity(config, "lora.plan"):
+        return False
+    start = json.loads(run.summary.read_text(encoding="utf-8")).get("start_ranks")
+    if start is None or config.lora.plan is None:
+        return True
+    return start == json.loads(Path(config.lora.plan).read_text(encoding="utf-8"))["ranks"]
 
 
 def read_profile_model(config: StudyConfig) -> dict | None:
@@ -124,13 +132,12 @@ def check_same_study(config: StudyConfig) -> None:
     Arms may be added (plans, rules, seeds); what all runs share may not change.
     """
     path = RunDirectory(StudyFiles(config.run_dir).root).config
-    if not path.is_file():
+    recorded = read_recorded(path, StudyConfig)
+    if recorded is None:
         return
-    old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    new = json.loads(json.dumps(encode_config(config)))
-    for key in new:
-        if key not in ("study", "run_dir") and old.get(key) != new[key]:
-            raise ConfigError(
-                f"{path.parent} holds a study with {key}: {old.get(key)}, not {new[key]}; "
-                "choose another run_dir, or remove this one to start over"
-            )
+    difference = first_difference(identity(recorded, "study"), identity(config, "study"))
+    if difference:
+        raise ConfigError(
+            f"{path.parent} holds another study: {difference}; "
+            "choose another run_dir, or remove this one to start over"
+        )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxgrpo.config import ConfigError, DataConfig
+from jaxgrpo.records.run_directory import hash_inputs
 from jaxgrpo.tasks.data_sets import Problem
 from jaxgrpo.tasks.texts import tokenize_prompts
 from jaxgrpo.types import PromptBatch
@@ -56,6 +57,11 @@ class PromptSource:
 
     def __len__(self) -> int:
         return len(self._problems)
+
+    def sha256(self, count: int | None = None) -> str:
+        """A hash of the first `count` prompts as the model sees them, and of their answers."""
+        rows = zip(self._texts[:count], self._problems[:count], strict=True)
+        return hash_inputs([(text, problem.answer) for text, problem in rows])
 
     @property
     def left_out(self) -> list[str]:

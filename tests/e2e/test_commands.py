@@ -107,10 +107,9 @@ def test_an_adapter_is_where_training_and_evaluation_start(here, capsys):
     """The merged model and base + adapter are one policy; training goes on from it."""
     adapter = "lora.adapter=runs/try/adapter"
     assert main(["eval", adapter, "run_dir=runs/evaluated", *SMALL]) == 0
-    ours, theirs = (
-        [r["completions"] for r in read_jsonl(here / "runs" / run / "eval" / name)]
-        for run, name in (("evaluated", "step_000000.jsonl"), ("try", "step_000002.jsonl"))
-    )
+    (by_hand,) = (here / "runs" / "evaluated" / "evaluations").glob("*/step_000000.jsonl")
+    after = here / "runs" / "try" / "eval" / "step_000002.jsonl"
+    ours, theirs = ([r["completions"] for r in read_jsonl(path)] for path in (by_hand, after))
     assert ours == theirs
     # At a learning rate of zero nothing moves, whatever the scale rule and the width.
     settings = [adapter, "lora.scale_rule=rslora", "lora.max_rank=12", *SMALL]

@@ -45,7 +45,8 @@ def accuracy(run_dir, step):
 
 def test_ten_lines_are_a_task(sums, tmp_path):
     assert main(["eval", *sums[1:], *SMALL]) == 0
-    record = json.loads((tmp_path / "runs/sums/eval/step_000000.jsonl").open().readline())
+    (records,) = (tmp_path / "runs/sums/evaluations").glob("*/step_000000.jsonl")
+    record = json.loads(records.open().readline())
     assert record["prompt"].count("How many in total?") == 1
     # Judged by the function of the ten lines, and by nothing else.
     right = record["completions"][0].split()[-1:] == [record["answer"]]

@@ -173,9 +173,11 @@ def test_settings_in_a_commands_help_are_its_own(name, clone):
         elif name in ("export", "compress"):
             words = [w for w in words if not w.startswith("out=")]
             parse_settings(name, command, ["runs/try", "out=new", *words, *needed(name, words)])
-        elif command.default is None and command.positional is None:  # a study's file is needed
-            parse_settings(name, command, ["configs/study_embedded.yaml", *words])
-        elif name not in ("plan", "completion"):  # `plan` has edits of its own, and tests of them
+        elif name not in (
+            "plan",
+            "settings",
+            "completion",
+        ):  # `plan` has edits of its own, and tests of them
             parse_settings(name, command, words)
 
 

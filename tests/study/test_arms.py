@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,11 +161,50 @@ def test_a_second_call_only_rebuilds_the_report_and_needs_no_jax(study):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+def test_a_study_moved_elsewhere_only_rebuilds_its_report_and_needs_no_jax(study, tmp_path):
+    """Where it lies, what watches it, and a setting younger than it, are no part of what it is."""
+    root, _ = study
+    moved = shutil.copytree(root, tmp_path / "moved")
+    for path in [moved / "config.yaml", *moved.glob("*/*/config.yaml")]:
+        older = yaml.safe_load(path.read_text())
+        del older["grpo"]["importance_cap"]
+        path.write_text(yaml.safe_dump(older))
+    (moved / "report.html").unlink()
+    words = ["study", str(moved), "grpo.micro_batches=4", "checkpoint_every_steps=3"]
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT_ONLY, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "arm 1 of" not in done.stdout and (moved / "report.html").is_file()
+    assert read(moved / "results.json")["arms"] == read(root / "results.json")["arms"]
+
+
+def test_an_arm_whose_ranks_would_be_others_is_refused_by_name(study, tmp_path, capsys):
+    """What the plan's file says, and not where it lies, is what an arm was trained with."""
+    moved = shutil.copytree(study[0], tmp_path / "moved")
+    assert main(["study", str(moved), "study.allocation.max_rank=6"]) == 2
+    error = capsys.readouterr().err
+    assert "plan." in error and "is" in error and error.count("\n") == 1
+
+
+def test_other_rows_are_refused_before_another_arm_is_trained(study, tmp_path, capsys):
+    moved = shutil.copytree(study[0], tmp_path / "moved")
+    summary = read(moved / "profiles" / "grpo" / "summary.json")
+    summary["prompts"]["eval"] = "0" * 64
+    (moved / "profiles" / "grpo" / "summary.json").write_text(json.dumps(summary))
+    assert main(["study", str(moved), f"study.arms.plans=[{','.join([*PLANS, 'inverse'])}]"]) == 2
+    assert "data.path embedded holds other rows (eval)" in capsys.readouterr().err
+
+
 def test_another_configuration_in_the_same_directory_is_refused(study, capsys):
     _, config = study
     assert main(["study", str(config), "optim.learning_rate=0.5"]) == 2
     error = capsys.readouterr().err
-    assert "optim" in error and "0.5" in error and error.count("\n") == 1
+    assert "optim.learning_rate was 0.001, is 0.5" in error and error.count("\n") == 1
 
 
 def test_more_arms_can_be_added_to_a_finished_study(study, tmp_path, capsys):

@@ -34,7 +34,14 @@ def write_arm(config, arm, correct):
     (folder / "eval").mkdir(parents=True)
     correct = np.asarray(correct, bool).reshape(len(correct), -1)
     records = [
-        {"index": i, "correct": row.tolist(), "tokens": [9], "finish_reasons": ["length"]}
+        {
+            "index": i,
+            "prompt": f"question {i}",
+            "answer": str(i),
+            "correct": row.tolist(),
+            "tokens": [9],
+            "finish_reasons": ["length"],
+        }
         for i, row in enumerate(correct)
     ]
     lines = "\n".join(json.dumps(r) for r in records) + "\n"
@@ -313,3 +320,30 @@ def test_what_a_study_sets_itself_may_not_be_given(key, value, message):
 def test_names_of_arms_are_file_names():
     arm = Arm("top_k", "alpha_over_r", 8, 1)
     assert arm.name == "top_k-alpha_over_r-r8-s1"
+
+
+def test_arms_are_paired_by_question_and_not_by_place(tmp_path):
+    accuracy = dict.fromkeys(("uniform", "proportional", "random"), 0.6)
+    config = make_study(tmp_path, accuracy)
+    expected = collect_results(config)
+    # The same verdicts in another order, under other numbers: nothing changes.
+    path = StudyFiles(tmp_path).arm(list_arms(config)[2]) / "eval" / "step_000005.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    shuffled = [records[i] | {"index": n} for n, i in enumerate(reversed(range(len(records))))]
+    path.write_text("".join(json.dumps(record) + "\n" for record in shuffled))
+    assert collect_results(config) == expected
+    # One other question, and there is no pair.
+    shuffled[0]["prompt"] = "another question"
+    path.write_text("".join(json.dumps(record) + "\n" for record in shuffled))
+    with pytest.raises(ConfigError, match=r"uniform-r8-s0 and .* not evaluated alike \(other ques"):
+        collect_results(config)
+
+
+def test_arms_that_were_decoded_otherwise_are_not_compared(tmp_path):
+    config = make_study(tmp_path, dict.fromkeys(("uniform", "proportional", "random"), 0.6))
+    for arm, temperature in zip(list_arms(config)[:2], (0.0, 0.7), strict=True):
+        made_with = {"policy": arm.name, "decoding": {"temperature": temperature}}
+        path = StudyFiles(tmp_path).arm(arm) / "eval" / "step_000005.json"
+        path.write_text(json.dumps({"eval/accuracy": 0.5, "made_with": made_with}))
+    with pytest.raises(ConfigError, match=r"decoding\.temperature was 0\.0, is 0\.7"):
+        collect_results(config)

@@ -1,0 +1,91 @@
+"""Evaluations of a run: of a step of it, of what it starts from, of its newest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from jaxgrpo.checkpoint import check_same_policy, read_adapter
+from jaxgrpo.config import Config
+from jaxgrpo.evaluate import EvalResult, evaluate, evaluation_inputs
+from jaxgrpo.iteration import Programs, make_programs
+from jaxgrpo.model.api import make_decode_weights
+from jaxgrpo.processes import check_shared, first_process
+from jaxgrpo.records.run_directory import RunDirectory, hash_inputs
+from jaxgrpo.session import Session, open_session
+from jaxgrpo.types import Tree
+
+
+def run_eval(
+    session: Session,
+    programs: Programs,
+    lora: Tree | None,
+    step: int,
+    directory: Path,
+    policy: str,
+    console: Console,
+    stopping: Callable[[], bool] = lambda: False,
+) -> EvalResult:
+    """Evaluates a policy, called `policy` in the record; lora None means the base model."""
+    config = session.config
+    plan = None if lora is None else session.device_plan
+    return evaluate(
+        programs.generate_eval,
+        make_decode_weights(
+            session.model_config, session.base, lora, plan, config.rollout.merge_lora
+        ),
+        session.eval_prompts,
+        session.tokenizer,
+        session.eval_reward,
+        config,
+        mesh=session.mesh,
+        step=step,
+        directory=directory,
+        console=console,
+        policy=policy,
+        stopping=stopping,
+    )
+
+
+def start_policy(session: Session) -> str:
+    """What training starts from, by name and content."""
+    if session.adapter is None:
+        return "the base model"
+    return f"lora.adapter {session.config.lora.adapter} (sha256 {session.adapter.sha256()[:12]})"
+
+
+def evaluate_run(config: Config, console: Console) -> tuple[EvalResult, Path]:
+    """Evaluates the newest checkpoint of `run_dir`; without one, `lora.adapter` or the base model.
+
+    The records lie in a folder of their own per policy and settings, also returned: what the run
+    or a study wrote by itself stays as it is.
+
+    Raises:
+        ConfigError: the checkpoint belongs to another model, or `lora.adapter` is given beside it.
+    """
+    session = open_session(config, console)
+    run = RunDirectory(Path(config.run_dir)).create()
+    check_shared(run.root)
+    held = run.lock() if first_process() else nullcontext()
+    with held, jax.set_mesh(session.mesh):
+        saved = read_adapter(run.checkpoints)
+        if saved is not None:
+            check_same_policy(saved.config, config, run.root)
+            session = session.with_plan(saved.plan)
+            lora, step, policy = session.place_lora(saved.lora), saved.step, f"step {saved.step}"
+            what = f"{run.root} after step {step}"
+        else:
+            lora = None if session.adapter is None else session.init_lora()
+            step, policy = 0, start_policy(session)
+            what = policy if lora is not None else f"{policy}: there is no checkpoint"
+        console.print(f"evaluating {what}", highlight=False, soft_wrap=True)
+        made_with = evaluation_inputs(config, session.eval_prompts, policy)
+        directory = run.evaluations / hash_inputs(made_with)[:8]
+        if first_process():
+            directory.mkdir(parents=True, exist_ok=True)
+        programs = make_programs(session)
+        return run_eval(session, programs, lora, step, directory, policy, console), directory
