@@ -43,7 +43,7 @@ def read_recorded(path: Path, cls: type = Config) -> Any | None:
     Raises:
         ConfigError: as `decode_recorded`, or the file is not one of settings.
     """
-    return decode_recorded(read_yaml(path), path, cls) if path.is_file() else None
+    return decode_recorded(read_yaml(path, cls), path, cls) if path.is_file() else None
 
 
 def identity(config: Config, *free: str) -> dict[str, Any]:

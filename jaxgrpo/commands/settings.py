@@ -34,7 +34,7 @@ class Setting:
     Attributes:
         name: dotted, as it is written before the "=".
         kind: what values it takes, as the dataclass says it.
-        default: as YAML.
+        default: as it is written after the "=".
         meaning: one paragraph, or nothing where the name says it all.
     """
 
@@ -67,7 +67,7 @@ def settings_of(cls: type, prefix: str = "") -> Iterator[Setting]:
         meaning = meanings.get(member.name, "")
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
         shown = ", ".join(map(str, choices)) or kinds[member.name]
-        yield Setting(prefix + member.name, shown, _as_yaml(default), meaning)
+        yield Setting(prefix + member.name, shown, _as_written(default), meaning)
     for kind, name in sections:
         yield from settings_of(kind, name)
 
@@ -90,7 +90,10 @@ def _source(cls: type) -> tuple[dict[str, str], dict[str, str]]:
     return kinds, meanings
 
 
-def _as_yaml(value: Any) -> str:
+def _as_written(value: Any) -> str:
+    """After "key=": text literally, everything else as YAML."""
+    if isinstance(value, str):
+        return value
     value = list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
     return text.removesuffix("...\n").strip()

@@ -90,8 +90,8 @@ EVAL = Command(
     "  eval.problems=200                      so many problems of the split\n"
     "  eval.samples=4 eval.temperature=0.7    pass@1, pass@2 and pass@4\n"
     "  lora.adapter=DIRECTORY                 a PEFT adapter, from here or elsewhere\n\n"
-    "Every problem with its completions and verdicts is written to a folder of its own\n"
-    "in run_dir/evaluations; what training evaluated, in run_dir/eval, stays as it is.",
+    "Problems, completions and verdicts are written to a folder of their own in\n"
+    "run_dir/evaluations; run_dir/eval, what training evaluated, stays as it is.",
     "eval runs/try eval.problems=64",
     dry_run=True,
     fixed=OF_TRAINING,

@@ -67,14 +67,12 @@ class SweepConfig(StudyConfig):
         root = Path(self.run_dir).expanduser().absolute()
         models = self.sweep.models or (self.model.path,)
         data = dataclasses.replace(self.data, path=_anchored(self.data.path))
-        adapter = self.lora.adapter and _anchored(self.lora.adapter)
         return [
             dataclasses.replace(
                 plain,
                 run_dir=str(root / Path(model).name if self.sweep.models else root),
                 model=dataclasses.replace(self.model, path=_anchored(model)),
                 data=data,
-                lora=dataclasses.replace(self.lora, adapter=adapter),
             )
             for model in models
         ]

@@ -11,11 +11,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jaxgrpo.commands.command import PROGRAM, command_help
+import jaxgrpo
+from jaxgrpo.bench.settings import BenchConfig
+from jaxgrpo.commands.command import PROGRAM, command_help, setting_names
+from jaxgrpo.config import Config
+from jaxgrpo.config_files import load_config
 from jaxgrpo.model.peft_files import read_peft
 from jaxgrpo.model.weights import EMBEDDED_DIR
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import COMMANDS, main, usage
+from jaxgrpo.study.sweep import SweepConfig
 from tests.e2e.conftest import SMALL, example
 
 
@@ -35,6 +40,35 @@ def test_the_table_of_commands_fits_a_screen(capsys):
     assert text == usage()
     assert len(text.splitlines()) <= 24 and max(map(len, text.splitlines())) <= 80
     assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in COMMANDS)
+
+
+def test_the_program_alone_prints_help_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    assert capsys.readouterr().out == usage() and not list(tmp_path.iterdir())
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxgrpo {jaxgrpo.__version__}\n"
+
+
+def test_every_setting_has_its_default_and_its_meaning_printed(capsys):
+    assert main(["settings"]) == 0
+    printed = capsys.readouterr().out
+    names = {*setting_names(SweepConfig), *setting_names(BenchConfig)}
+    assert set(re.findall(r"^([a-z_.0-9]+)=", printed, re.MULTILINE)) == names
+    assert main(["settings", "grpo"]) == 0
+    section = capsys.readouterr().out
+    assert "grpo.group_size=8    (int)\n    Completions per prompt;" in section
+    assert "grpo.loss=dapo    (grpo, bnpo, dr_grpo, dapo, cispo, gspo)" in section
+    assert "\nlora." not in section and section in printed
+    # What is printed as a default is what an override makes of it.
+    lines = [line.split("    (")[0] for line in printed.splitlines() if "    (" in line]
+    of_runs = [line for line in lines if line.partition("=")[0] in set(setting_names(Config))]
+    assert load_config([], of_runs) == Config()
+    assert main(["settings", "gropo"]) == 2
+    assert "did you mean 'grpo'?" in capsys.readouterr().err
 
 
 def test_help_and_plans_need_no_jax_to_start():

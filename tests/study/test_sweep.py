@@ -74,14 +74,14 @@ def test_a_sweep_is_one_study_per_model(tmp_path):
 
 def test_the_paths_of_a_sweep_hold_wherever_a_worker_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("model", "data", "adapter", "embedded"):
+    for name in ("model", "data", "embedded"):
         (tmp_path / name).mkdir()
-    words = ["run_dir=out", "model.path=model", "data.path=data", "lora.adapter=adapter"]
+    words = ["run_dir=out", "model.path=model", "data.path=data"]
     (study,) = load_config([], words, SweepConfig).studies()
-    found = (study.run_dir, study.model.path, study.data.path, study.lora.adapter)
-    assert found == tuple(str(tmp_path / n) for n in ("out", "model", "data", "adapter"))
+    found = (study.run_dir, study.model.path, study.data.path)
+    assert found == tuple(str(tmp_path / n) for n in ("out", "model", "data"))
     (study,) = load_config([], [], SweepConfig).studies()
-    assert (study.model.path, study.data.path, study.lora.adapter) == ("embedded", "embedded", None)
+    assert (study.model.path, study.data.path) == ("embedded", "embedded")
 
 
 @pytest.mark.parametrize(
