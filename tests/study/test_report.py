@@ -40,6 +40,12 @@ FIGURES = {
 }
 PLANS = ("uniform", "proportional", "inverse", "random", "reduced", "top_k", "fim", "adaptive")
 HOSTILE = '</script><script>alert("1")</script>\'"&|`\\$x^{'
+CELLS = {
+    "uniform": "U: rank r and scale s everywhere",
+    "ranks_only": "N: proportional ranks",
+    "speeds_only": "D: proportional scales",
+    "proportional": "P: proportional ranks, scale s",
+}
 VERDICTS = ("worse", "open", "equivalent", "better")
 
 
@@ -145,15 +151,16 @@ def make_results(plans=PLANS[:4], rules=("constant",), layers=28, steps=60, prof
 
 
 def make_factorial():
-    """Three blocks, each of one seed and one learning rate, of the cells U, N, D and P."""
+    """Three blocks of a seed and a learning rate each; the effects have a margin of their own."""
     made = make_results(plans=PLANS[:4], layers=8)
-    for arm, cell in zip(made["arms"], "UNDP", strict=True):
-        arm |= {"name": cell, "learning_rates": [5e-4, 1e-3, 2e-3], "versus": None}
+    for arm, cell in zip(made["arms"], CELLS, strict=True):
+        arm |= {"name": cell, "plan": cell, "seeds": [1, 2, 3], "versus": None}
+        arm |= {"learning_rates": [5e-4, 1e-3, 2e-3]}
     gaps = [0.01, -0.02, 0.005]
     contrasts = [
-        make_contrast("P - U", "U", gaps, "worse", "primary"),
-        make_contrast("rank effect", "U and D", gaps),
-        make_contrast("speed effect", "U and N", gaps, "equivalent"),
+        make_contrast("proportional - uniform", "uniform", gaps, "worse", "primary"),
+        make_contrast("rank effect", "the other two cells", gaps) | {"margin": 0.015},
+        make_contrast("speed effect", "the other two cells", gaps, "equivalent"),
     ]
     bounds = [(3, 0.0014, False), (5, 0.0128, None)]
     design = {
@@ -163,8 +170,8 @@ def make_factorial():
             for blocks, p, said in bounds
         ],
         "look": 3,
-        "cells": {"U": "uniform", "N": "ranks alone", "D": "speed alone", "P": "proportional"},
-        "interactions": [make_contrast("P - U", "U", gaps)],
+        "cells": CELLS,
+        "interactions": [],
     }
     nothing = ("profiles", "amplification", "amplification_verdict", "spread", "allocations")
     made |= {name: [] for name in nothing}
@@ -298,9 +305,9 @@ def test_both_files_hold_profiles_slopes_paper_settings_and_versions(report):
 def test_a_factorial_shows_its_design(report):
     found = report("factorial")
     design = found.results["design"]
-    wanted = [design["sha256"][:16], "P - U", "rank effect", "speed effect", *design["cells"]]
-    wanted += [*design["cells"].values(), "p ≤ 0.0014", "p ≤ 0.0128", "not all runs are there"]
-    wanted += ["seed 0, rate 0.0005", "seed 2, rate 0.002", "look at 3 blocks"]
+    wanted = [design["sha256"][:16], "proportional - uniform", "rank effect", "speed effect"]
+    wanted += [*CELLS, *CELLS.values(), "p ≤ 0.0014", "p ≤ 0.0128", "not all runs are there"]
+    wanted += ["block 1, rate 0.0005", "block 3, rate 0.002", "look at 3 blocks", "±2", "±1.5"]
     assert not missing(found, wanted)
     assert set(found.figures) == {"accuracy", "differences", "reward", "drift"}
     assert "The factorial design" not in report("plans").words

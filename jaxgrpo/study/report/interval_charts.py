@@ -15,7 +15,7 @@ from jaxgrpo.study.result_types import Results
 
 @dataclass(frozen=True)
 class Row:
-    """A value with its interval; `seeds` are small marks below it, `target` is a tall one."""
+    """A value with its interval; `margin` is a band about 0, `seeds` are small marks below."""
 
     label: str
     value: float | None
@@ -23,6 +23,7 @@ class Row:
     high: float | None
     note: str
     rule: str
+    margin: float | None = None
     seeds: Sequence[float] = ()
     target: float | None = None
 
@@ -32,7 +33,6 @@ def _chart(
     narrow: bool,
     axis: str,
     lines: dict[str, float],
-    margin: float | None = None,
     factor: float = 1.0,
 ) -> Figure | None:
     """Labels and notes stand beside the rows, or on a phone above them."""
@@ -44,9 +44,6 @@ def _chart(
     axes.set(ylim=(len(rows) - 0.4, -0.75 if narrow else -0.6), xlabel=axis)
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
-    if margin is not None:
-        end = factor * margin
-        axes.axvspan(-end, end, color=BAND, linewidth=0, label=f"margin, ±{end:g}")
     for (name, value), dash in zip(lines.items(), ("--", ":"), strict=False):
         axes.axvline(factor * value, color=SOFT, linestyle=dash, linewidth=1.2, label=name)
     across = axes.get_yaxis_transform()
@@ -57,6 +54,9 @@ def _chart(
         label = facts.named(row.rule) if several else None
         axes.plot([low, high], [y, y], color=colour)
         axes.plot([value], [y], marker, color=colour, label=label)
+        if row.margin is not None:
+            end = factor * row.margin
+            axes.barh(y, 2 * end, 1.0, -end, color=BAND, label=f"margin, ±{end:g}", zorder=0)
         if row.seeds:
             seeds = factor * np.array(row.seeds)
             axes.plot(seeds, [y + 0.3] * len(seeds), "|", color=colour, label="single seeds")
@@ -77,7 +77,7 @@ def accuracy_chart(results: Results, narrow: bool) -> Figure | None:
     rows, lines = [], {}
     for arm in results["arms"]:
         ends = (arm["accuracy"], arm["low"], arm["high"], facts.percent(arm["accuracy"]))
-        rows.append(Row(arm["name"], *ends, arm["scale_rule"], arm["per_seed"]))
+        rows.append(Row(arm["name"], *ends, arm["scale_rule"], seeds=arm["per_seed"]))
         if arm["plan"] == "uniform" and arm["accuracy"] is not None and not lines:
             lines[f"level of {arm['name']}"] = arm["accuracy"]
     low, high = (facts.finite(arm[side] for arm in results["arms"]) for side in ("low", "high"))
@@ -94,10 +94,10 @@ def difference_chart(results: Results, narrow: bool) -> Figure | None:
     for found in results["contrasts"]:
         name, note = found["name"], f"{facts.points(found['difference'])}, {found['verdict']}"
         ends = (found["difference"], found["low"], found["high"], note)
-        rows.append(Row(name, *ends, rules.get(name, "any"), found["per_seed"]))
-    margin = max((found["margin"] for found in results["contrasts"]), default=None)
+        rule = rules.get(name, "any")
+        rows.append(Row(name, *ends, rule, found["margin"], found["per_seed"]))
     lines = {"no difference": 0.0}
-    return _chart(rows, narrow, "difference, percentage points", lines, margin, 100)
+    return _chart(rows, narrow, "difference, percentage points", lines, 100)
 
 
 def slope_chart(results: Results, narrow: bool) -> Figure | None:
@@ -106,6 +106,5 @@ def slope_chart(results: Results, narrow: bool) -> Figure | None:
         rule, note = entry["scale_rule"], facts.signed(entry["slope"])
         name = f"{facts.named(entry['view'])}, {rule}"
         ends = (entry["slope"], entry["low"], entry["high"], note)
-        rows.append(Row(name, *ends, rule, target=entry["predicted"]))
-    margin = max((entry["margin"] for entry in results["amplification"]), default=None)
-    return _chart(rows, narrow, "slope of ln share on ln rank", {"no effect": 0.0}, margin)
+        rows.append(Row(name, *ends, rule, entry["margin"], target=entry["predicted"]))
+    return _chart(rows, narrow, "slope of ln share on ln rank", {"no effect": 0.0})

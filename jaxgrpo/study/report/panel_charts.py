@@ -36,9 +36,8 @@ def _curves(
     several = len({arm["mean_rank"] for arm in results["arms"]}) > 1
     groups: dict[str, list[ArmResult]] = {}
     for arm in arms:
-        plan = arm["name"] if results["design"] else arm["plan"]
         rank = f", rank {arm['mean_rank']}" if several else ""
-        groups.setdefault(plan + rank, []).append(arm)
+        groups.setdefault(arm["plan"] + rank, []).append(arm)
     if not groups:
         return None
     columns = min(len(groups), 2 if narrow else 4)

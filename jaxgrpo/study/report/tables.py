@@ -37,7 +37,8 @@ def seed_table(results: Results) -> Table:
         return Table("", (), [])
     seeds, rates, measured = (arms[0][key] for key in ("seeds", "learning_rates", "per_seed"))
     names = [
-        f"seed {seed}" + (f", rate {rate:g}" if len(set(rates)) > 1 else "")
+        f"{'block' if results['design'] else 'seed'} {seed}"
+        + (f", rate {rate:g}" if len(set(rates)) > 1 else "")
         for seed, rate, _ in zip(seeds, rates, measured, strict=False)
     ]
     rows = [(f"{arm['name']}, %", *(decimal(100 * x, 1) for x in arm["per_seed"])) for arm in arms]
@@ -48,13 +49,15 @@ def seed_table(results: Results) -> Table:
 
 
 def contrast_table(results: Results) -> Table:
-    headings = ("difference", "verdict", *_ESTIMATE, "p (Holm)", "p, these models", "detectable")
+    headings = ("difference", "verdict", *_ESTIMATE, "p (Holm)", "p, these models")
+    headings += ("margin", "detectable")
     rows = []
     for found in results["contrasts"]:
         holm = "primary" if found["family"] == "primary" else facts.p_value(found["p_holm"])
         size = found["detectable"]
-        rest = (facts.p_value(found["fixed_models"]["p"]), decimal(size and 100 * size, 1))
-        rows.append((found["name"], found["verdict"], *_estimate(found), holm, *rest))
+        rest = (facts.p_value(found["fixed_models"]["p"]), f"±{100 * found['margin']:g}")
+        last = decimal(size and 100 * size, 1)
+        rows.append((found["name"], found["verdict"], *_estimate(found), holm, *rest, last))
     return Table("Differences, the run being the unit", headings, rows, texts=2)
 
 
@@ -96,12 +99,6 @@ def look_table(design: DesignResult) -> Table:
         said = words[look["decided"]]
         rows.append((str(look["blocks"]), str(look["finished"]), *bounds, said))
     return Table("Looks and their bounds", headings, rows)
-
-
-def interaction_table(design: DesignResult) -> Table:
-    rows = [(found["name"], *_estimate(found)) for found in design["interactions"]]
-    caption = "Does a difference depend on the learning rate? Points per doubling"
-    return Table(caption, ("contrast", *_ESTIMATE), rows)
 
 
 def part_table(results: Results) -> Table:
