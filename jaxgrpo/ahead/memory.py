@@ -169,7 +169,7 @@ def foretell(
                 PREFILL.bytes(
                     model, prompts // shards * prompt, prompts // shards * prompt**2, parts
                 ),
-                3 * 4 * rows // shards * model.vocab_size // parts,
+                2 * 4 * rows // shards * model.vocab_size // parts,
             ),
         },
         train=train,

@@ -72,32 +72,32 @@ def print_foretold(config: Config, model: Qwen2Config, plan: RankPlan, console: 
     parts = {"": memory.held, **memory.parts}
     for name, part in parts.items():
         for kind, size in part.items():
-            table.add_row(f"{name}: {kind}" if name else kind, f"{size / 2**20:,.1f}")
+            table.add_row(f"{name}: {kind}" if name else kind, mib(size))
     for name, size in memory.phases.items():
-        table.add_row(f"all while {name} runs", f"{size / 2**20:,.1f}")
-    table.add_row("peak", f"{memory.peak / 2**20:,.1f}")
+        table.add_row(f"all while {name} runs", mib(size))
+    table.add_row("peak", mib(memory.peak))
     console.print(table)
     operations = {
         "rollout": rollout_flops(config, model),
         "train": train_hardware_flops(config, model, plan, remat),
     }
-    told = ", ".join(f"{name} {flops / 1e12:,.3f}" for name, flops in operations.items())
+    told = ", ".join(f"{name} {flops / 1e12:.4g}" for name, flops in operations.items())
     console.print(f"TFLOP of a step, all devices together: {told}", highlight=False)
 
 
 def _memory_table(found: Estimate) -> Table:
-    table = Table(title="memory per device, GiB", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="memory per device, MiB", title_justify="left", box=None, pad_edge=False)
     table.add_column("what")
     table.add_column("compiled", justify="right")
     table.add_column("by formula", justify="right")
     formula = found.foretold.by_kind()
     for kind, size in found.memory.items():
-        table.add_row(kind, f"{size / GIB:.3f}", f"{formula[kind] / GIB:.3f}")
+        table.add_row(kind, mib(size), mib(formula[kind]))
     for name, size in found.phases.items():
         foretold = found.foretold.phases[name]
-        table.add_row(f"all while {name} runs", f"{size / GIB:.3f}", f"{foretold / GIB:.3f}")
+        table.add_row(f"all while {name} runs", mib(size), mib(foretold))
     if found.limit is not None:
-        table.add_row("there is", f"{found.limit / GIB:.3f}", "")
+        table.add_row("there is", mib(found.limit), "")
     return table
 
 
@@ -113,8 +113,8 @@ def _program_table(found: Estimate, plan: RankPlan) -> Table:
         formula = formulas.get(name)
         table.add_row(
             name,
-            f"{program.counts.flops / 1e12:.3f}",
-            "" if formula is None else f"{formula / found.devices / 1e12:.3f}",
+            f"{program.counts.flops / 1e12:.4g}",
+            "" if formula is None else f"{formula / found.devices / 1e12:.4g}",
             f"{program.counts.bytes / 1e9:.1f}",
             "" if program.seconds is None else f"{program.seconds:.3f}",
             "" if program.communication is None else f"{program.communication:.3f}",
@@ -145,3 +145,7 @@ def uncounted_lines(program: Program) -> list[str]:
         found = ", ".join(f"{name} ({times:,.0f} x)" for name, times in counts.unknown.items())
         lines.append(f"of what is not known here, only operands and results are counted: {found}")
     return lines
+
+
+def mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
