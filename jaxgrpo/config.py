@@ -184,6 +184,12 @@ class GrpoConfig:
     group_size: int = 8
     """Completions per prompt; advantages are relative to the group, so at least 2."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
+        "sum_then_normalize"
+    )
+    """How several rewards become one advantage: their weighted sum is normalised, or each of them
+    in its group before the weighted sum, which is then normalised over the batch (GDPO,
+    arXiv:2601.05242)."""
     clip_eps_low: float = 0.2
     clip_eps_high: float | None = None
     """Default: clip_eps_low. For cispo it is the cap on the ratio itself."""
@@ -226,6 +232,13 @@ class GrpoConfig:
         _require(
             self.loss != "cispo" or self.clip_eps_high is not None,
             "grpo.loss=cispo needs grpo.clip_eps_high: it caps the ratio itself, 5.0 for example",
+        )
+        _require(
+            self.scale_rewards == "group"
+            or self.multi_objective_aggregation == "sum_then_normalize",
+            f"grpo.scale_rewards={self.scale_rewards} has no effect with "
+            "grpo.multi_objective_aggregation=normalize_then_sum, which scales by group and then "
+            "by batch; leave it at group",
         )
         _require(self.delta is None or self.delta > 0, "grpo.delta must be positive")
         _require(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxgrpo.config import GrpoConfig, Objective
 from jaxgrpo.evaluate import score_completions
-from jaxgrpo.grpo.advantages import compute_advantages, reward_metrics
+from jaxgrpo.grpo.advantages import compared_rewards, compute_advantages, reward_metrics
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import make_logprobs, make_train_step
 from jaxgrpo.mesh import Purpose, batch_shards, fold_key, replicate, shard_rows, to_host
@@ -112,7 +112,9 @@ def grpo_step(
     watch("reward")
     texts = completion_texts(session.tokenizer, host, config.rollout.stop_strings)
     rewards, by_function = score(session, prompts, texts, host)
-    advantages = compute_advantages(rewards, config.grpo.group_size, config.grpo.scale_rewards)
+    weights, scale = list(config.rewards.values()), config.grpo.scale_rewards
+    compared, group = compared_rewards(config.grpo, rewards, by_function, weights)
+    advantages = compute_advantages(compared, group, scale)
     clock.lap("reward")
     watch("train")
     batch = make_train_batch(session, programs, state.lora, prompts, host, advantages)
@@ -122,9 +124,7 @@ def grpo_step(
         reports.append(report)
     scalars, norms = mean_report(to_host(reports))
     clock.lap("train")
-    metrics = scalars | reward_metrics(
-        rewards, config.grpo.group_size, config.grpo.scale_rewards, by_function
-    )
+    metrics = scalars | reward_metrics(rewards, group, scale, by_function, compared)
     metrics |= step_metrics(prompts, host, clock)
     return state, StepResult(
         metrics,

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from jaxgrpo.grpo.advantages import STD_EPS, compute_advantages, reward_metrics
+from jaxgrpo.config import ConfigError, GrpoConfig
+from jaxgrpo.grpo.advantages import (
+    STD_EPS,
+    compared_rewards,
+    compute_advantages,
+    reward_metrics,
+)
 
 
 def test_two_groups_by_hand():
@@ -55,6 +63,57 @@ def test_unjudged_completion_gets_zero_and_does_not_move_the_others(scale):
 def test_groups_without_a_comparison_get_zero(rewards):
     for scale in ("group", "batch", "none"):
         np.testing.assert_array_equal(compute_advantages(np.array(rewards), 4, scale), 0.0)
+
+
+APART = GrpoConfig(
+    multi_objective_aggregation="normalize_then_sum", group_size=2, prompts_per_step=2
+)
+
+
+def test_normalize_then_sum_by_hand():
+    by_function = {"a": np.array([0.0, 1.0, 5.0, 5.0]), "b": np.array([0.0, 0.01, 0.02, 0.0])}
+    total = 2 * by_function["a"] + by_function["b"]
+    compared, group = compared_rewards(APART, total, by_function, [2.0, 1.0])
+    a = 0.5 / (np.sqrt(0.5) + STD_EPS)
+    b, c = 0.005 / (0.01 * np.sqrt(0.5) + STD_EPS), 0.01 / (0.02 * np.sqrt(0.5) + STD_EPS)
+    expected = np.array([-2 * a - b, 2 * a + b, c, -c])
+    np.testing.assert_allclose(compared, expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        compute_advantages(compared, group),
+        expected / (expected.std(ddof=1) + STD_EPS),
+        rtol=1e-6,  # float32
+    )
+    metrics = reward_metrics(total, group, "group", by_function, compared)
+    assert metrics["reward"] == pytest.approx(total.mean())
+    assert metrics["reward_std"] == pytest.approx(total.std(ddof=1))
+    assert metrics["frac_reward_zero_std"] == 0.0
+
+
+def test_normalize_then_sum_ignores_the_units_of_each_reward():
+    rng = np.random.default_rng(2)
+    small = rng.normal(size=(3, 16))
+    config = dataclasses.replace(APART, group_size=8)
+
+    def advantages(factor):
+        values = dict(zip("abc", small * np.array([[1.0], [factor], [1.0]]), strict=True))
+        compared, group = compared_rewards(config, small.sum(axis=0), values, [1.0, 0.5, 2.0])
+        return compute_advantages(compared, group)
+
+    # STD_EPS is not scaled with the rewards: at a deviation of 1 it is one in 10,000.
+    np.testing.assert_allclose(advantages(100.0), advantages(1.0), atol=1e-3)
+
+
+def test_one_reward_summed_or_normalised_first_points_the_same_way():
+    rewards = np.random.default_rng(3).normal(size=16)
+    config = dataclasses.replace(APART, group_size=8)
+    compared, group = compared_rewards(config, 2 * rewards, {"a": rewards}, [2.0])
+    apart, summed = compute_advantages(compared, group), compute_advantages(2 * rewards, 8)
+    assert np.corrcoef(apart, summed)[0, 1] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_normalize_then_sum_refuses_a_scale_without_effect():
+    with pytest.raises(ConfigError, match=r"grpo\.scale_rewards=none has no effect"):
+        dataclasses.replace(APART, scale_rewards="none")
 
 
 def test_reward_metrics_by_hand():

@@ -33,6 +33,7 @@ data.max_prompt_tokens data.prompt_bucket_tokens data.embedded_problems
 rollout.max_completion_tokens rollout.temperature rollout.top_k rollout.top_p rollout.min_p
 rollout.stop_token_ids rollout.stop_strings rollout.merge_lora
 grpo.loss grpo.prompts_per_step grpo.group_size grpo.scale_rewards grpo.clip_eps_low
+grpo.multi_objective_aggregation
 grpo.clip_eps_high grpo.delta grpo.kl_coef grpo.num_iterations grpo.mask_truncated_completions
 grpo.importance_correction grpo.importance_cap grpo.micro_batches grpo.logprob_chunk_tokens
 optim.learning_rate optim.schedule optim.warmup_steps optim.b1 optim.b2 optim.eps

@@ -1,22 +1,54 @@
 """Group-relative advantages and the reward metrics that go with them.
 
 Rewards are host data (they come from text), so this is numpy in float64; one float32 array goes to
-the device. GRPO: Shao et al. 2024, arXiv:2402.03300, eq. 4 in its outcome form; the constants are
-TRL's, so that its published settings carry over.
+the device. GRPO: Shao et al. 2024, arXiv:2402.03300, eq. 4 in its outcome form; GDPO, for several
+rewards: arXiv:2601.05242. The constants are TRL's, so that its published settings carry over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
+from jaxgrpo.config import GrpoConfig
+
 RewardScale = Literal["group", "batch", "none"]
 
 STD_EPS = 1e-4
 """Added to the standard deviation, so that a group of equal rewards gives 0 and not 0/0."""
+
+
+def compared_rewards(
+    config: GrpoConfig,
+    rewards: Float[np.ndarray, " B"],
+    by_function: Mapping[str, Float[np.ndarray, " B"]],
+    weights: Sequence[float],
+) -> tuple[Float[np.ndarray, " B"], int]:
+    """What advantages compare under `multi_objective_aggregation`, and among how many rows.
+
+    `sum_then_normalize` compares the weighted sum within its group. `normalize_then_sum` compares,
+    within the whole batch, the weighted sum of rewards that are normalised each in its group, so
+    that a reward of small spread counts as much as its weight says. A reward that is NaN or the
+    only one of its function in its group adds nothing; where all of them are NaN the sum is.
+
+    Args:
+        rewards: the weighted sum, one per row.
+        by_function: reward function name -> its own unweighted rewards.
+        weights: in the order of `by_function`.
+    """
+    if config.multi_objective_aggregation == "sum_then_normalize":
+        return rewards, config.group_size
+    total = np.zeros(len(rewards))
+    judged = np.zeros(len(rewards), bool)
+    for weight, values in zip(weights, by_function.values(), strict=True):
+        groups = _groups(values, config.group_size)
+        normalised = (groups - _mean(groups)) / (_std(groups) + STD_EPS)
+        total += weight * np.nan_to_num(normalised.reshape(-1), nan=0.0)
+        judged |= ~np.isnan(values)
+    return np.where(judged, total, np.nan), len(rewards)
 
 
 def compute_advantages(
@@ -45,20 +77,23 @@ def reward_metrics(
     group_size: int,
     scale: RewardScale = "group",
     by_function: Mapping[str, Float[np.ndarray, " B"]] | None = None,
+    compared: Float[np.ndarray, " B"] | None = None,
 ) -> dict[str, float]:
     """TRL's reward metrics of one step.
 
-    `frac_reward_zero_std` is the share of rows whose group (under `batch`: whose batch) has equal
-    rewards and hence no gradient; `reward_std` is over the whole batch whatever the scale.
+    `frac_reward_zero_std` is the share of rows that are compared with equal ones only and hence
+    have no gradient: by their group, or under `batch` and `normalize_then_sum` by their batch.
+    `reward` and `reward_std` are over the whole batch whatever the scale.
 
     Args:
         rewards: the weighted sum, one per row; NaN where there is none.
-        group_size: G.
+        group_size: G, or what `compared_rewards` says.
         scale: as in `compute_advantages`.
         by_function: reward function name -> its own unweighted rewards.
+        compared: what advantages compare where that is not `rewards`.
     """
-    groups = _groups(rewards, group_size)
-    everything = groups.reshape(1, -1)
+    everything = _groups(rewards, len(rewards))
+    groups = _groups(rewards if compared is None else compared, group_size)
     metrics = {
         "reward": float(_mean(everything).item()),
         "reward_std": float(_std(everything).item()),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrpo.config import Objective
-from jaxgrpo.grpo.advantages import compute_advantages
+from jaxgrpo.grpo.advantages import compared_rewards, compute_advantages
 from jaxgrpo.grpo.step import make_gradients
 from jaxgrpo.iteration import (
     Programs,
@@ -107,8 +107,10 @@ def _rows(
         return prompts, rollout, np.ones(len(rollout.lengths), np.float32)
     prompts, rollout = sample_rollout(session, programs, lora, step)
     texts = completion_texts(session.tokenizer, rollout, session.config.rollout.stop_strings)
-    rewards, _ = score(session, prompts, texts, rollout)
-    return prompts, rollout, compute_advantages(rewards, grpo.group_size, grpo.scale_rewards)
+    rewards, by_function = score(session, prompts, texts, rollout)
+    weights = list(session.config.rewards.values())
+    compared, group = compared_rewards(grpo, rewards, by_function, weights)
+    return prompts, rollout, compute_advantages(compared, group, grpo.scale_rewards)
 
 
 def _used_mean(gradient: jax.Array, mask: jax.Array) -> jax.Array:

@@ -29,7 +29,8 @@ def study_settings(config: StudyConfig, files: StudyFiles) -> dict[str, str]:
         f"{config.rollout.max_completion_tokens} tokens at temperature "
         f"{config.rollout.temperature:g}",
         "loss": f"{grpo.loss}, clipped at {clip}, KL coefficient {grpo.kl_coef:g}, "
-        f"{grpo.num_iterations} updates per rollout, advantages scaled by {grpo.scale_rewards}",
+        f"{grpo.num_iterations} updates per rollout, advantages scaled by {grpo.scale_rewards}"
+        + (", each reward by itself" * (grpo.multi_objective_aggregation == "normalize_then_sum")),
         "learning rate": f"{optim.learning_rate:g}, {optim.schedule}, {optim.warmup_steps} warm-up "
         f"steps, gradients clipped at {optim.max_grad_norm:g}",
         "budget": f"mean rank {', '.join(map(str, config.mean_ranks))}, ranks {low} to {high}, "

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config import Correction, GrpoConfig, LossName
-from jaxgrpo.grpo.advantages import compute_advantages, reward_metrics
+from jaxgrpo.grpo.advantages import compared_rewards, compute_advantages, reward_metrics
 from jaxgrpo.grpo.loss import loss_metrics, token_losses, token_weights
 from jaxgrpo.types import TrainBatch
 
@@ -282,3 +282,55 @@ def test_advantages_and_reward_metrics_are_trls(scale, name, trainer, given):
     ours = reward_metrics(rewards, GROUP, scale, {trainer.reward_func_names[0]: rewards})
     theirs = {key: metrics[key][-1] for key in ours}
     chex.assert_trees_all_close(ours, theirs, atol=1e-5)
+
+
+SEVERAL = types.MappingProxyType(
+    {
+        "two": [REWARDS["varied"], 100 * REWARDS["binary"]],
+        "some unjudged by one": [REWARDS["some unjudged"], REWARDS["binary"]],
+        "some unjudged by all": [REWARDS["some unjudged"], REWARDS["some unjudged"][::-1].copy()],
+        "equal in every group": [np.repeat([0.0, 1.0, 2.0], GROUP), np.ones(ROWS)],
+        "all unjudged": [np.full(ROWS, np.nan)] * 2,
+        "one": [REWARDS["varied"]],
+    }
+)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_advantages_and_metrics_of_several_rewards_are_trls(aggregation, name, trainer, given):
+    rewards, weights = SEVERAL[name], [2.0, 0.5][: len(SEVERAL[name])]
+    config = GrpoConfig(multi_objective_aggregation=aggregation, group_size=GROUP)
+    _configure(trainer, config, given, with_old=False)
+    kept = {key: getattr(trainer, key) for key in MANY}
+    try:
+        trainer.reward_funcs = [_returns(values) for values in rewards]
+        trainer.reward_func_names = [f"reward_{index}" for index in range(len(rewards))]
+        trainer.reward_processing_classes = [None] * len(rewards)
+        trainer.reward_weights = torch.tensor(weights)
+        trainer.multi_objective_aggregation = aggregation
+        scored = trainer._generate_and_score_completions([{"prompt": "a"}] * ROWS)
+    finally:
+        for key, value in kept.items():
+            setattr(trainer, key, value)
+    by_function = {f"reward_{index}": values for index, values in enumerate(rewards)}
+    weighted = np.array(weights)[:, None] * np.array(rewards)
+    total = np.where(np.isnan(weighted).all(axis=0), np.nan, np.nansum(weighted, axis=0))
+    compared, group = compared_rewards(config, total, by_function, weights)
+    chex.assert_trees_all_close(
+        compute_advantages(compared, group), scored["advantages"].numpy(), atol=1e-5
+    )
+    metrics = trainer._metrics["train"]
+    ours = reward_metrics(total, group, "group", by_function, compared)
+    theirs = {key: metrics[key][-1] for key in ours}
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+MANY = (
+    *("reward_funcs", "reward_func_names", "reward_processing_classes", "reward_weights"),
+    "multi_objective_aggregation",
+)
+
+
+def _returns(values):
+    return lambda completions, **_: [None if np.isnan(value) else value for value in values]
