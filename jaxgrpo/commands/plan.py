@@ -166,7 +166,8 @@ def print_arms(config: StudyConfig, console: Console) -> None:
     from jaxgrpo.study.config import BOUNDED, arm_label, list_arms
     from jaxgrpo.study.planner import Planner
 
-    Planner(config).check()
+    planner = Planner(config)
+    planner.check()
     arms = list_arms(config)
     table = Table(title="arms", title_justify="left", box=None, pad_edge=False)
     for heading in ("arm", "seeds", "smallest rank", "largest"):
@@ -174,15 +175,16 @@ def print_arms(config: StudyConfig, console: Console) -> None:
     for group in dict.fromkeys(arm.group for arm in arms):
         mine = [arm for arm in arms if arm.group == group]
         plan, mean = mine[0].plan, mine[0].mean_rank
-        bounds = config.bounds(mean, plan) if plan in BOUNDED else (mean, mean)
-        cells = [str(b) for b in bounds] if plan in BOUNDED or plan == "uniform" else ["0", "any"]
-        table.add_row(arm_label(mine[0], config), str(len(mine)), *cells)
+        low, high = config.bounds(mean, plan) if plan in BOUNDED else (mean, mean)
+        if plan in ("adalora", "para"):
+            low, high = 0, planner.start(mine[0])
+        table.add_row(arm_label(mine[0], config), str(len(mine)), str(low), str(high))
     console.print(table)
     settings = config.study
     probes = settings.probe.draws * len(settings.probe.scale_rules)
     console.print(
-        f"{len(arms)} arms of {config.steps} steps; {len(settings.profile.objectives)} profiles "
-        f"and {probes} probes of {settings.profile.steps}",
+        f"{len(arms)} arms of {config.steps} steps; before them {settings.profile.steps} steps for "
+        f"each profile ({', '.join(settings.profile.objectives)}) and probe ({probes})",
         highlight=False,
     )
 

@@ -108,14 +108,16 @@ class Planner:
         ones = {m: np.ones(self.layers) for m in self.modules}
         return allocate("random", ones, self.shapes, budget, seed=seed)
 
+    def start(self, arm: Arm) -> int:
+        """The rank everywhere that a plan in WIDE starts at; adalora's as in PEFT, 12 to 8."""
+        start = -(-3 * arm.mean_rank // 2) if arm.plan == "adalora" else 2 * arm.mean_rank
+        return min(start, self.config.width(arm.mean_rank))
+
     def allocate(self, arm: Arm, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Ranks of one arm from its importance."""
         settings, plan = self.config.study.allocation, arm.plan
         if plan in WIDE:
-            # All start above their budget: adalora by the ratio of PEFT's defaults, 12 to 8.
-            start = -(-3 * arm.mean_rank // 2) if plan == "adalora" else 2 * arm.mean_rank
-            start = min(start, self.config.width(arm.mean_rank))
-            return {m: np.full(self.layers, start) for m in self.modules}
+            return {m: np.full(self.layers, self.start(arm)) for m in self.modules}
         granularity = "module" if plan in BY_MODULE else settings.granularity
         budget = self.budget(arm.mean_rank, granularity, plan)
         options: dict[str, Any] = {}
