@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -31,6 +30,7 @@ from jaxgrpo.model.api import (
 )
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.types import Rollout, TrainBatch
+from tests.compiled import compilations
 from tests.rows import Rows, completion_logprobs, make_rows, on_device, random_rows, train_batch
 
 MODEL = Qwen2Config(
@@ -93,22 +93,6 @@ def make_step(optim: OptimConfig | None = None, **changes) -> tuple[Any, Any]:
 def copy(tree):
     """The step donates its state; what a test looks at afterwards is copied before."""
     return jax.tree.map(lambda leaf: np.array(leaf), tree)
-
-
-@contextlib.contextmanager
-def compilations():
-    """Collects one entry for everything that XLA compiles inside the block."""
-    compiled: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event.endswith("backend_compile_duration"):
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def run_once(base, lora, batch, plan=None, **changes):

@@ -37,7 +37,7 @@ def measured():
     config = load_config([EMBEDDED_CONFIG], OVERRIDES)
     lab = Lab(config, Console(quiet=True))
     session = lab.session
-    found = calibrate(lab, batches=1, components=6)
+    found = calibrate(lab, batches=1, components=6, objective="grpo")
     programs = lab.programs(session)
     with jax.set_mesh(session.mesh):
         state = init_train_state(session.init_lora(), programs.optimizer)
