@@ -11,6 +11,7 @@ import tempfile
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -386,6 +387,12 @@ def test_drawings_take_every_colour_from_the_style_sheet(report):
 
 
 # ---- what is missing
+
+
+@pytest.mark.parametrize("kind", ["unmeasured", "partly", "factorial"])
+def test_no_heading_stands_above_nothing(kind, report):
+    tags = [node.tag for node in report(kind).tree.find("body/main")]
+    assert ("h2", "h2") not in pairwise(tags) and tags[-2] != "h2"
 
 
 @pytest.mark.parametrize("kind", ["unmeasured", "partly"])

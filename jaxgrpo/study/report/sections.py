@@ -127,6 +127,8 @@ def _amplification(results: Results) -> list[Part]:
 
 
 def _layers(results: Results) -> list[Part]:
+    if not (results["profiles"] or results["allocations"]):
+        return []
     seen = (
         "Layers from the first at the top; stripes mean that the same ones stay hot, speckle "
         "means noise. Steps without any gradient are blank."
