@@ -111,6 +111,17 @@ def test_one_reward_summed_or_normalised_first_points_the_same_way():
     assert np.corrcoef(apart, summed)[0, 1] == pytest.approx(1.0, abs=1e-6)
 
 
+def test_equal_rewards_give_exactly_zero_whatever_rounding_does():
+    tenths = np.array([0.1] * 3 + [0.1, 0.2, 0.3] + [0.7] * 3)
+    assert np.mean([0.1] * 3) != 0.1  # so that something is tested
+    equal = np.array([True] * 3 + [False] * 3 + [True] * 3)
+    for scale in ("group", "none"):
+        np.testing.assert_array_equal(compute_advantages(tenths, 3, scale)[equal], 0.0)
+    config = dataclasses.replace(APART, group_size=3)
+    compared, group = compared_rewards(config, tenths, {"a": tenths, "b": tenths**2}, [1.0, 0.3])
+    np.testing.assert_array_equal(compute_advantages(compared, group)[equal], 0.0)
+
+
 def test_normalize_then_sum_refuses_a_scale_without_effect():
     with pytest.raises(ConfigError, match=r"grpo\.scale_rewards=none has no effect"):
         dataclasses.replace(APART, scale_rewards="none")

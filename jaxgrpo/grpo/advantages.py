@@ -20,6 +20,9 @@ RewardScale = Literal["group", "batch", "none"]
 STD_EPS = 1e-4
 """Added to the standard deviation, so that a group of equal rewards gives 0 and not 0/0."""
 
+ROUNDING = 1e-12
+"""Relative to the largest reward of a group: float64 rounds at 1e-16, rewards differ by more."""
+
 
 def compared_rewards(
     config: GrpoConfig,
@@ -45,7 +48,7 @@ def compared_rewards(
     judged = np.zeros(len(rewards), bool)
     for weight, values in zip(weights, by_function.values(), strict=True):
         groups = _groups(values, config.group_size)
-        normalised = (groups - _mean(groups)) / (_std(groups) + STD_EPS)
+        normalised = _centred(groups) / (_std(groups) + STD_EPS)
         total += weight * np.nan_to_num(normalised.reshape(-1), nan=0.0)
         judged |= ~np.isnan(values)
     return np.where(judged, total, np.nan), len(rewards)
@@ -66,7 +69,7 @@ def compute_advantages(
             (Dr. GRPO, arXiv:2503.20783).
     """
     groups = _groups(rewards, group_size)
-    advantages = groups - _mean(groups)
+    advantages = _centred(groups)
     if scale != "none":
         advantages = advantages / (_scale_std(groups, scale) + STD_EPS)
     return np.where(np.isnan(advantages), 0.0, advantages).reshape(-1).astype(np.float32)
@@ -111,6 +114,14 @@ def _groups(rewards: np.ndarray, group_size: int) -> np.ndarray:
     assert rewards.ndim == 1, rewards.shape
     assert rewards.size % group_size == 0, (rewards.size, group_size)
     return rewards.reshape(-1, group_size)
+
+
+def _centred(rows: np.ndarray) -> np.ndarray:
+    """Each row minus its mean. What rounding alone leaves is 0: a completion whose advantage is
+    exactly 0 need not be trained on."""
+    centred = rows - _mean(rows)
+    largest = np.nan_to_num(np.abs(rows)).max(axis=1, keepdims=True)
+    return np.where(np.abs(centred) <= ROUNDING * largest, 0.0, centred)
 
 
 def _scale_std(groups: np.ndarray, scale: RewardScale) -> np.ndarray:
