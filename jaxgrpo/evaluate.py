@@ -138,6 +138,8 @@ def evaluate(
         for start in starts:
             if stopping():
                 raise StoppedError
+            # Which of the two takes how long depends on the programs kept on disk.
+            stage.say("" if start else "compiling and sampling the first batch")
             batch, real = prompts.sequential(start, count, total)
             tokens, mask = shard_rows(mesh, (batch.tokens, batch.mask))
             key = fold_key(config.seed, start, Purpose.EVAL)

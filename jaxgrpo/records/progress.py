@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, Self
@@ -23,11 +24,12 @@ class Stage:
     """A stage of known length, such as loading or evaluating; a context manager.
 
     On a terminal its bar goes away when it ends; elsewhere a line is printed every `every_s`
-    seconds, so that a short stage says nothing.
+    seconds, also while a part takes long, so that a short stage says nothing.
 
     Args:
         total: how many parts it has.
         done: how many of them are done already.
+        title: what its bar is called, if not by its name.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class Stage:
         done: int = 0,
         every_s: float = PLAIN_LINES_EVERY_S,
         keep: bool = False,
+        title: str = "",
     ) -> None:
+        self._title = title or name
         self._name, self._total, self._console, self._every_s = name, total, console, every_s
         self._live = console.is_terminal and not console.quiet
         self._began = self._last_line = time.perf_counter()
@@ -54,14 +58,34 @@ class Stage:
             transient=not keep,
             disable=not self._live,
         )
-        self._task = self._progress.add_task(name, total=total, completed=done, numbers="")
+        self._task = self._progress.add_task(self._title, total=total, completed=done, numbers="")
+        self._doing, self._done = "", done
+        self._ended = threading.Event()
+        self._waiting = threading.Thread(target=self._wait, daemon=True)
 
     def __enter__(self) -> Self:
         self._progress.start()
+        if not self._live and not self._console.quiet and self._every_s:
+            self._waiting.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._waiting.is_alive():
+            self._waiting.join()
         self._progress.stop()
+
+    def _wait(self) -> None:
+        """Says that a part is still going on, where no bar moves."""
+        while not self._ended.wait(max(self._last_line + self._every_s - time.perf_counter(), 0)):
+            now = time.perf_counter()
+            if now - self._last_line >= self._every_s:
+                self._last_line = now
+                at = f"{self._name} {self._done}/{self._total}"
+                doing = self._doing or "going on"
+                self._console.print(
+                    f"{at}  {doing}, {self.elapsed_s:.0f} s so far", highlight=False
+                )
 
     @property
     def elapsed_s(self) -> float:
@@ -71,6 +95,7 @@ class Stage:
     def update(self, done: int, numbers: str = "", line_due: bool = False) -> None:
         """Shows that `done` parts are done, with some numbers; `line_due`: also as a plain line."""
         self._progress.update(self._task, completed=done, numbers=numbers)
+        self._done = done
         now = time.perf_counter()
         if not self._live and (line_due or now - self._last_line >= self._every_s):
             self._last_line = now
@@ -79,8 +104,10 @@ class Stage:
             self._console.print(text.replace("    ", "  "), highlight=False)
 
     def say(self, doing: str) -> None:
-        """What the stage is at within the next part, on a terminal."""
-        self._progress.update(self._task, description=doing)
+        """What the stage is at within the next part; "" is nothing in particular."""
+        self._doing = doing
+        title = f"{self._title}: {doing}" if doing else self._title
+        self._progress.update(self._task, description=title)
 
     def restart_clock(self) -> None:
         """Leaves what has been done so far, compiling for instance, out of the time left."""
@@ -94,16 +121,15 @@ class ProgressBar(Stage):
     def __init__(
         self, steps: int, start: int, console: Console, every_s: float = PLAIN_LINES_EVERY_S
     ) -> None:
-        super().__init__("step", steps, console, start, every_s, keep=True)
+        super().__init__("step", steps, console, start, every_s, keep=True, title="training")
         self._start, self._steps = start, steps
-        self.say("training")
 
     def at(self, phase: str, step: int) -> None:
         """Says what step `step` (from 0) is doing: rollout, reward or train."""
         # What runs for the first time in a process is compiled first.
         compiling = step == self._start and phase != "reward"
         doing = f"compiling the {phase} program" if compiling else phase
-        self.say(f"training: {doing}")
+        self.say(doing)
         if compiling and not self._live:
             self._console.print(doing, highlight=False)
 
@@ -117,7 +143,7 @@ class ProgressBar(Stage):
         if done == self._start + 1:
             self.restart_clock()
         if done == self._steps:
-            self.say("training")
+            self.say("")
 
     def print(self, renderable: Any) -> None:
         """Prints above the bar."""

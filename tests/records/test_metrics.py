@@ -301,6 +301,22 @@ def test_a_stage_is_a_bar_on_a_terminal_and_lines_elsewhere():
     assert file.getvalue() == ""  # over before a line was due
 
 
+def test_a_stage_is_heard_while_its_first_part_takes_long():
+    """Elsewhere than on a terminal, where the bar's clock moves by itself."""
+    file = io.StringIO()
+    with Stage("evaluating", 512, Console(file=file, width=120), every_s=0.05) as stage:
+        stage.say("compiling and sampling the first batch")
+        deadline = time.monotonic() + 20
+        while file.getvalue().count("\n") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    first, second = file.getvalue().splitlines()[:2]
+    assert first == "evaluating 0/512  compiling and sampling the first batch, 0 s so far"
+    assert second.startswith("evaluating 0/512  compiling")
+    after = file.getvalue()
+    time.sleep(0.12)
+    assert file.getvalue() == after
+
+
 def test_the_bar_says_what_a_step_does_and_what_is_compiled():
     file = io.StringIO()
     with ProgressBar(4, 2, Console(file=file, width=120)) as bar:
