@@ -15,8 +15,6 @@ from jaxgrpo.study.report.document import Chart, Table
 from jaxgrpo.study.report.sections import make_sections
 from jaxgrpo.study.result_types import Results
 
-MOST_CONTRASTS = 6
-"""That the head of the page lists, the primary one first."""
 # What Markdown or HTML inside it would take for markup. Underscores within words are safe.
 _SPECIAL = re.compile(r"([\\`*|<>\[\]])")
 
@@ -38,7 +36,7 @@ def write_report(results: Results, root: Path) -> None:
     )
     environment.tests |= {kind.__name__: partial(_is, kind) for kind in (Table, Chart)}
     environment.filters["plain"] = _plain
-    environment.globals |= {"facts": facts, "svg": partial(_svg, results), "most": MOST_CONTRASTS}
+    environment.globals |= {"facts": facts, "svg": partial(_svg, results)}
     for name in ("report.html", "report.md"):
         template = environment.get_template(f"{name}.jinja")
         text = template.render(results=results, sections=make_sections(results))

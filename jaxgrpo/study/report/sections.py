@@ -11,8 +11,7 @@ _AMPLIFICATION = (
     "predicts some of that: with y = Wx + s·BAx an adapter's gradient grows as s·√r, so shares "
     "follow rank with a slope of +0.5 where s is constant, 0 where s = alpha/√r and −0.5 where s = "
     "alpha/r. The gradient of the frozen weight holds neither s nor r: only a real feedback can "
-    "tilt it. While B is 0, at the first step, no run differs from the uniform one, so a feedback "
-    "could only show later: hence the phases."
+    "tilt it."
 )
 _LAYERS = (
     "Norms measured in short runs at one rank everywhere. Raw L2: of the adapters' gradients; "
@@ -116,7 +115,7 @@ def _amplification(results: Results) -> list[Part]:
         for entry in results["amplification"]
     }
     table = tables.pair_table("Slopes over the whole run", words, "view and scale rule")
-    later = "A feedback would show in the frozen weight's gradient, and grow from left to right."
+    later = "A feedback would tilt the frozen weight's slope, more from left to right, as B grows."
     parts = tables.part_table(results)
     return [
         facts.answer(results["amplification_verdict"])[1],
@@ -158,6 +157,6 @@ def _training(results: Results) -> list[Part]:
         facts.convergence(results),
         Chart("reward", "Reward during training", curve, panel_charts.reward_chart),
         tables.training_table(results),
-        _SPEED,
+        _SPEED if any(arm["speed"] for arm in results["arms"]) else "",
         Chart("drift", apart, drift, panel_charts.drift_chart),
     ]
