@@ -20,6 +20,9 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 MAX_RANK = 2**16
 """No projection of a Qwen2 model is wide enough for a larger rank."""
 
+DEV_SPLIT = "dev"
+"""The `data.eval_split` that is held out of the training split."""
+
 ScaleRule = Literal["constant", "rslora", "alpha_over_r"]
 LossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
 Objective = Literal["grpo", "sft"]
@@ -116,6 +119,10 @@ class DataConfig:
     revision: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
+    """`dev`: the problems that dev_problems holds out."""
+    dev_problems: int = 0
+    """So many problems of train_split, drawn once for all runs, are not trained on; they are what
+    eval_split=dev evaluates."""
     prompt_column: str = "question"
     answer_column: str = "answer"
     system_prompt: str | None = None
@@ -135,6 +142,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("max_prompt_tokens", "prompt_bucket_tokens", "embedded_problems"):
             _require(getattr(self, name) >= 1, f"data.{name} must be at least 1")
+        _require(self.dev_problems >= 0, "data.dev_problems must be >= 0")
+        _require(
+            self.eval_split != DEV_SPLIT or self.dev_problems > 0,
+            "data.eval_split=dev needs data.dev_problems, how many training problems it holds out",
+        )
 
     def padded(self, tokens: int) -> int:
         """Slots that prompts take of which the longest has so many tokens."""
@@ -302,6 +314,8 @@ class EvalConfig:
     """Completions per problem: 1 gives accuracy, k > 1 gives pass@1 and pass@k."""
     temperature: float = 0.0
     """0 means greedy, and then `samples` must be 1."""
+    also_greedy: bool = False
+    """Beside the sampled completions, also one greedy completion of every problem."""
     max_completion_tokens: int | None = None
     """Default: rollout.max_completion_tokens."""
     before_training: bool = True
@@ -325,6 +339,10 @@ class EvalConfig:
             self.temperature > 0 or self.samples == 1,
             f"eval.samples={self.samples} needs eval.temperature > 0: greedy completions of one "
             "prompt are all the same",
+        )
+        _require(
+            self.temperature > 0 or not self.also_greedy,
+            "eval.also_greedy is for eval.temperature > 0: at 0 every completion is greedy",
         )
 
 

@@ -170,6 +170,10 @@ def check_keys(raw: Mapping[str, Any], cls: type, where: str = "") -> None:
             home = _elsewhere(str(key), cls) if "valid:" in hint and not where else None
             raise ConfigError(f"unknown key '{dotted}'; {home or hint}")
         kind = hints[key]
+        # A section that may be left out: its class or None.
+        section = next(filter(dataclasses.is_dataclass, typing.get_args(kind)), None)
+        if section is not None and value is not None:
+            kind = section
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{dotted} must be a mapping, got {value!r}")

@@ -114,9 +114,10 @@ def evaluate(
     directory: Path,
     console: Console,
     policy: str = "",
+    name: str = "step",
     stopping: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
-    """Completes every problem and judges it; writes step_XXXXXX.jsonl and .json to `directory`.
+    """Completes every problem and judges it; writes NAME_XXXXXX.jsonl and .json to `directory`.
 
     Every evaluation of a run draws the same noise for the same problem (its key has no step), so
     that two of them differ by the policy alone.
@@ -159,7 +160,7 @@ def evaluate(
     )
     if jax.process_index() == 0:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        name = f"step_{step:06d}"
+        name = f"{name}_{step:06d}"
         text = lines.encode("utf-8", "backslashreplace").decode()
         atomic_write_text(directory / f"{name}.jsonl", text)
         made_with = {"made_with": result.made_with}

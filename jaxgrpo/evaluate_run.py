@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,25 +31,41 @@ def run_eval(
     console: Console,
     stopping: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
-    """Evaluates a policy, called `policy` in the record; lora None means the base model."""
+    """Evaluates a policy, called `policy` in the record; lora None means the base model.
+
+    With `eval.also_greedy` also greedily, as `eval/greedy_...` beside the sampled metrics.
+    """
     config = session.config
     plan = None if lora is None else session.device_plan
-    return evaluate(
-        programs.generate_eval,
-        make_decode_weights(
-            session.model_config, session.base, lora, plan, config.rollout.merge_lora
-        ),
-        session.eval_prompts,
-        session.tokenizer,
-        session.eval_reward,
-        config,
-        mesh=session.mesh,
-        step=step,
-        directory=directory,
-        console=console,
-        policy=policy,
-        stopping=stopping,
+    weights = make_decode_weights(
+        session.model_config, session.base, lora, plan, config.rollout.merge_lora
     )
+    made = [(programs.generate_eval, config, "step")]
+    if config.eval.also_greedy:
+        greedy = dataclasses.replace(config.eval, samples=1, temperature=0.0, also_greedy=False)
+        made.append((programs.generate_greedy, dataclasses.replace(config, eval=greedy), "greedy"))
+    results = [
+        evaluate(
+            generate,
+            weights,
+            session.eval_prompts,
+            session.tokenizer,
+            session.eval_reward,
+            settings,
+            mesh=session.mesh,
+            step=step,
+            directory=directory,
+            console=console,
+            policy=policy,
+            name=name,
+            stopping=stopping,
+        )
+        for generate, settings, name in made
+    ]
+    metrics = results[0].metrics
+    for result in results[1:]:
+        metrics |= {k.replace("eval/", "eval/greedy_"): v for k, v in result.metrics.items()}
+    return dataclasses.replace(results[0], metrics=metrics)
 
 
 def start_policy(session: Session) -> str:

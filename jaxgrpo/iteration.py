@@ -43,6 +43,7 @@ class Programs:
 
     generate: Callable[..., Rollout]
     generate_eval: Callable[..., Rollout]
+    generate_greedy: Callable[..., Rollout]
     logprobs: Callable[..., jax.Array]
     train_step: Callable[..., Any]
     optimizer: optax.GradientTransformation
@@ -64,6 +65,7 @@ def make_programs(session: Session) -> Programs:
     return Programs(
         generate=session.make_generate(evaluation=False),
         generate_eval=session.make_generate(evaluation=True),
+        generate_greedy=session.make_generate(evaluation=True, greedy=True),
         logprobs=make_logprobs(
             session.model_config,
             config.rollout.temperature,

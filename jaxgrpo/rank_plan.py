@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class RankPlan:
         scale_rule: constant (alpha / reference_rank), rslora (alpha / sqrt(r)) or
             alpha_over_r (alpha / r, PEFT's rule when only rank_pattern is given).
         reference_rank: the rank at which alpha is quoted under `constant`.
+        scale_factors: module -> [L], what the rule's scale is multiplied by; None: by 1.
     """
 
     ranks: Mapping[str, np.ndarray]
@@ -42,6 +44,7 @@ class RankPlan:
     alpha: float
     scale_rule: ScaleRule
     reference_rank: int
+    scale_factors: Mapping[str, np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -64,6 +67,14 @@ class RankPlan:
                     f"rank plan: {module} in layer {layer} has rank {ranks.max()}, more than "
                     f"max_rank {self.max_rank}; raise lora.max_rank to {ranks.max()}"
                 )
+        for module, factors in (self.scale_factors or {}).items():
+            if module not in self.ranks or len(factors) != self.layers:
+                raise ConfigError(
+                    f"rank plan: {module} has {len(factors)} scales; a plan needs one for each of "
+                    f"the {self.layers} layers of {', '.join(self.ranks)}"
+                )
+            if not (np.isfinite(factors) & (factors > 0)).all():
+                raise ConfigError(f"rank plan: the scales of {module} must be positive numbers")
         if self.total_rank == 0:
             raise ConfigError("rank plan: every rank is 0, there is nothing to train")
 
@@ -96,9 +107,10 @@ class RankPlan:
 
     def scales(self) -> dict[str, np.ndarray]:
         """module -> float32 [L]: the factor on B·A; 0 where the rank is 0."""
-        return {module: self._scale(self.ranks[module]) for module in self.modules}
+        return {module: self._scale(module) for module in self.modules}
 
-    def _scale(self, ranks: np.ndarray) -> np.ndarray:
+    def _scale(self, module: str) -> np.ndarray:
+        ranks = self.ranks[module]
         safe = np.maximum(ranks, 1).astype(np.float64)
         if self.scale_rule == "constant":
             scale = np.full(len(ranks), self.alpha / self.reference_rank)
@@ -106,6 +118,8 @@ class RankPlan:
             scale = self.alpha / np.sqrt(safe)
         else:
             scale = self.alpha / safe
+        if self.scale_factors is not None:
+            scale = scale * self.scale_factors.get(module, 1.0)
         return np.where(ranks > 0, scale, 0.0).astype(np.float32)
 
     def trainable_parameters(self, shapes: Mapping[str, tuple[int, int]]) -> int:
@@ -113,7 +127,9 @@ class RankPlan:
         return int(sum(ranks.sum() * sum(shapes[module]) for module, ranks in self.ranks.items()))
 
     def to_json(self) -> dict:
-        return {
+        scales = self.scale_factors
+        factors = {} if scales is None else {"scales": {m: scales[m].tolist() for m in scales}}
+        return factors | {
             "ranks": {module: self.ranks[module].tolist() for module in self.modules},
             "max_rank": self.max_rank,
             "alpha": self.alpha,
@@ -124,8 +140,9 @@ class RankPlan:
     @classmethod
     def from_json(cls, raw: Mapping) -> RankPlan:
         ranks = {module: np.asarray(values, np.int64) for module, values in raw["ranks"].items()}
-        rest = {key: value for key, value in raw.items() if key != "ranks"}
-        return cls(ranks=ranks, **rest)
+        rest = {key: value for key, value in raw.items() if key not in ("ranks", "scales")}
+        factors = {m: np.asarray(v, np.float64) for m, v in raw.get("scales", {}).items()}
+        return cls(ranks=ranks, scale_factors=factors or None, **rest)
 
 
 def make_rank_plan(
@@ -134,7 +151,8 @@ def make_rank_plan(
     """The plan that a configuration asks for, for a model of `layers` layers.
 
     Without `lora.plan`: rank `lora.rank` everywhere. With it, a JSON file whose "ranks" is either a
-    list (one rank per layer, used for every target module) or a mapping module -> list.
+    list (one rank per layer, used for every target module) or a mapping module -> list. Its
+    "scales", in the same form, are factors on the scale that lora.scale_rule gives; default: 1.
 
     Args:
         ranks: module -> [L], in place of both.
@@ -143,13 +161,14 @@ def make_rank_plan(
         ConfigError: a malformed plan, a wrong layer count, an unknown module, a rank above
             `max_rank`, or more ranks than `rank_budget`.
     """
+    factors = None
     if ranks is not None:
         for module in ranks:
             check_choice(module, config.target_modules, "lora.target_modules")
     elif config.plan is None:
         ranks = {m: np.full(layers, config.rank, np.int64) for m in config.target_modules}
     else:
-        ranks = _read_ranks(Path(config.plan), config.target_modules, layers)
+        ranks, factors = _read_plan(Path(config.plan), config.target_modules, layers)
     largest = max(int(r.max()) for r in ranks.values())
     plan = RankPlan(
         ranks=ranks,
@@ -157,6 +176,7 @@ def make_rank_plan(
         alpha=config.alpha,
         scale_rule=config.scale_rule,
         reference_rank=config.rank,
+        scale_factors=factors,
     )
     if config.rank_budget is not None and plan.total_rank > config.rank_budget:
         raise ConfigError(
@@ -166,33 +186,54 @@ def make_rank_plan(
     return plan
 
 
-def _read_ranks(path: Path, targets: Sequence[str], layers: int) -> dict[str, np.ndarray]:
+def _read_plan(
+    path: Path, targets: Sequence[str], layers: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]:
+    """Ranks and, if the file has them, factors on the scales."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"lora.plan: {path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"lora.plan: {path} is not readable JSON: {error}") from None
-    ranks = raw.get("ranks") if isinstance(raw, dict) else raw
-    if isinstance(ranks, list):
-        ranks = dict.fromkeys(targets, ranks)
-    if not isinstance(ranks, dict) or not ranks:
-        raise ConfigError(f'lora.plan: {path} needs "ranks": a list, or a mapping module -> list')
+    found = raw if isinstance(raw, dict) else {"ranks": raw}
+    ranks = _by_module(found.get("ranks"), "ranks", path, targets, layers)
     for module, values in ranks.items():
-        if module not in targets:
-            raise ConfigError(
-                f"lora.plan: {path} ranks the module '{module}', which lora.target_modules does "
-                f"not hold; {suggestion(module, list(targets))}"
-            )
-        if not isinstance(values, list) or not all(type(v) is int for v in values):
+        if not all(type(v) is int for v in values):
             raise ConfigError(f"lora.plan: {path}: the ranks of {module} must be whole numbers")
         if any(abs(v) > MAX_RANK for v in values):
             raise ConfigError(f"lora.plan: {path}: {module} has a rank beyond any model's size")
-        if len(values) != layers:
-            raise ConfigError(
-                f"lora.plan: {path} gives {module} {len(values)} ranks; the model has "
-                f"{layers} layers"
-            )
     # A target module the plan leaves out has rank 0, said here once rather than assumed below.
     zeros = [0] * layers
-    return {module: np.asarray(ranks.get(module, zeros), np.int64) for module in targets}
+    by_target = {m: np.asarray(ranks.get(m, zeros), np.int64) for m in targets}
+    if "scales" not in found:
+        return by_target, None
+    scales = _by_module(found["scales"], "scales", path, targets, layers)
+    for module, values in scales.items():
+        if not all(type(v) in (int, float) for v in values):
+            raise ConfigError(f"lora.plan: {path}: the scales of {module} must be numbers")
+    return by_target, {m: np.asarray(v, np.float64) for m, v in scales.items()}
+
+
+def _by_module(
+    values: Any, key: str, path: Path, targets: Sequence[str], layers: int
+) -> dict[str, list]:
+    """One list for every target module, or a mapping module -> list, as the latter."""
+    if isinstance(values, list):
+        values = dict.fromkeys(targets, values)
+    if not isinstance(values, dict) or not values:
+        raise ConfigError(f'lora.plan: {path} needs "{key}": a list, or a mapping module -> list')
+    for module, listed in values.items():
+        if module not in targets:
+            raise ConfigError(
+                f"lora.plan: {path} {key} the module '{module}', which lora.target_modules does "
+                f"not hold; {suggestion(module, list(targets))}"
+            )
+        if not isinstance(listed, list):
+            raise ConfigError(f"lora.plan: {path}: the {key} of {module} must be a list of numbers")
+        if len(listed) != layers:
+            raise ConfigError(
+                f"lora.plan: {path} gives {module} {len(listed)} {key}; the model has "
+                f"{layers} layers"
+            )
+    return values

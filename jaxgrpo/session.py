@@ -118,8 +118,8 @@ class Session:
             is_leaf=lambda x: isinstance(x, tuple),
         )
 
-    def make_generate(self, *, evaluation: bool) -> Callable:
-        """The jitted sampler, as training or as evaluation wants it."""
+    def make_generate(self, *, evaluation: bool, greedy: bool = False) -> Callable:
+        """The jitted sampler, as training or as evaluation wants it; `greedy` for also_greedy."""
         config = self.config
         if not evaluation:
             return make_generate(
@@ -128,10 +128,11 @@ class Session:
         # Evaluation measures the policy itself: no truncated sampling unless training has it too.
         rollout = dataclasses.replace(
             config.rollout,
-            temperature=config.eval.temperature,
+            temperature=0.0 if greedy else config.eval.temperature,
             max_completion_tokens=config.eval_max_completion_tokens,
         )
-        return make_generate(self.model_config, rollout, self.stop, config.eval.samples)
+        samples = 1 if greedy else config.eval.samples
+        return make_generate(self.model_config, rollout, self.stop, samples)
 
 
 @dataclass(frozen=True)

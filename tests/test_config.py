@@ -29,7 +29,7 @@ lora.rank lora.plan lora.adapter lora.max_rank lora.rank_budget lora.alpha lora.
 lora.target_modules
 data.path data.name data.revision data.train_split data.eval_split data.prompt_column
 data.answer_column data.system_prompt data.prompt_suffix data.drop_rows_without_answer
-data.max_prompt_tokens data.prompt_bucket_tokens data.embedded_problems
+data.max_prompt_tokens data.prompt_bucket_tokens data.embedded_problems data.dev_problems
 rollout.max_completion_tokens rollout.temperature rollout.top_k rollout.top_p rollout.min_p
 rollout.stop_token_ids rollout.stop_strings rollout.merge_lora
 grpo.loss grpo.prompts_per_step grpo.group_size grpo.scale_rewards grpo.clip_eps_low
@@ -39,7 +39,7 @@ grpo.importance_correction grpo.importance_cap grpo.micro_batches grpo.logprob_c
 optim.learning_rate optim.schedule optim.warmup_steps optim.b1 optim.b2 optim.eps
 optim.weight_decay optim.max_grad_norm
 eval.reward eval.every_steps eval.problems eval.batch_prompts eval.samples eval.temperature
-eval.max_completion_tokens eval.before_training eval.after_training
+eval.also_greedy eval.max_completion_tokens eval.before_training eval.after_training
 mesh.data mesh.fsdp mesh.model
 """,
 )

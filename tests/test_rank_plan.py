@@ -143,7 +143,7 @@ def test_an_impossible_plan_is_refused(ranks, message):
         ({"ranks": {"q_porj": [1, 2, 3]}}, "did you mean 'q_proj'"),
         ({"ranks": [1, 2.5, 3]}, "the ranks of q_proj must be whole numbers"),
         ({"ranks": [1, True, 3]}, "must be whole numbers"),
-        ({"ranks": {"q_proj": 3}}, "must be whole numbers"),
+        ({"ranks": {"q_proj": 3}}, "the ranks of q_proj must be a list of numbers"),
         ({"ranks": [1, 2]}, "gives q_proj 2 ranks; the model has 3 layers"),
         ({"ranks": []}, "gives q_proj 0 ranks; the model has 3 layers"),
         ({"ranks": [0, 0, 0]}, "every rank is 0"),
@@ -166,3 +166,37 @@ def test_a_missing_plan_file_is_named(tmp_path):
 def test_a_plan_wider_than_max_rank_says_what_to_raise(tmp_path):
     with pytest.raises(ConfigError, match=r"raise lora\.max_rank to 3"):
         read(tmp_path, [1, 2, 3], max_rank=2)
+
+
+def test_scales_multiply_what_the_rule_gives(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"ranks": [2, 4], "scales": {"q_proj": [0.5, 2.0]}}))
+    for rule, by_rule in (("constant", [2, 2]), ("alpha_over_r", [4, 2])):
+        config = LoraConfig(
+            rank=4, alpha=8, plan=str(path), scale_rule=rule, target_modules=("q_proj", "v_proj")
+        )
+        plan = make_rank_plan(config, 2)
+        np.testing.assert_allclose(plan.scales()["q_proj"], np.array(by_rule) * [0.5, 2])
+        np.testing.assert_allclose(plan.scales()["v_proj"], by_rule)
+        again = RankPlan.from_json(json.loads(json.dumps(plan.to_json())))
+        np.testing.assert_array_equal(again.scales()["q_proj"], plan.scales()["q_proj"])
+        np.testing.assert_array_equal(again.scales()["v_proj"], plan.scales()["v_proj"])
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ([1.0], "1 scales; the model has 2 layers"),
+        ([1.0, -1.0], "must be positive numbers"),
+        ([1.0, float("inf")], "must be positive numbers"),
+        (["1", 2], "must be numbers"),
+        (1.0, 'needs "scales"'),
+        ({"q_proy": [1, 1]}, "did you mean 'q_proj'?"),
+    ],
+)
+def test_mistakes_in_scales_are_told(tmp_path, scales, message):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"ranks": [2, 4], "scales": scales}))
+    with pytest.raises(ConfigError) as error:
+        make_rank_plan(LoraConfig(plan=str(path)), 2)
+    assert message in str(error.value) and "\n" not in str(error.value)

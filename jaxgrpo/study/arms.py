@@ -6,17 +6,24 @@ on and a finished one only rebuilds its report, without jax.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxgrpo.config import Config
+from jaxgrpo.config import Config, ConfigError, check_choice
 from jaxgrpo.config_files import dump_config
 from jaxgrpo.rank_plan import make_rank_plan
-from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json, atomic_write_text
+from jaxgrpo.records.run_directory import (
+    DivergedError,
+    RunDirectory,
+    atomic_write_json,
+    atomic_write_text,
+)
 from jaxgrpo.study.allocate import spent
 from jaxgrpo.study.config import (
     DYNAMIC,
@@ -26,6 +33,7 @@ from jaxgrpo.study.config import (
     StudyFiles,
     list_arms,
 )
+from jaxgrpo.study.factorial import DIVERGED, analyse, write_design
 from jaxgrpo.study.norms import no_gradient
 from jaxgrpo.study.planner import Planner
 from jaxgrpo.study.printing import print_verdict
@@ -47,8 +55,8 @@ PROBE_SEED = 1000
 """Random plans of probes are drawn from here on, those of arms from 0 on."""
 
 
-def run_study(config: StudyConfig, console: Console) -> Results:
-    """Runs what is missing, then the report; returns the results.
+def run_study(config: StudyConfig, console: Console) -> Results | None:
+    """Runs what is missing, then the report; returns the results, or None of `study.only`.
 
     Raises:
         ConfigError: a configuration that cannot run, or a directory of another study.
@@ -56,10 +64,13 @@ def run_study(config: StudyConfig, console: Console) -> Results:
     """
     study = RunDirectory(StudyFiles(config.run_dir).root)
     check_same_study(config)
+    runner = Runner(config, console)
+    if config.study.only:
+        runner.part()
+        return None
     study.root.mkdir(parents=True, exist_ok=True)
     with study.lock():
         atomic_write_text(study.config, dump_config(config))
-        runner = Runner(config, console)
         runner.prepare()
         runner.arms()
         results = collect_results(config)
@@ -99,6 +110,51 @@ class Runner:
             if cause := no_gradient(self.files.profile(objective)):
                 self._console.print(f"[yellow]warning:[/] {cause}", highlight=False, soft_wrap=True)
         self.probes()
+        if self.config.study.design is not None:
+            write_design(self.config)
+
+    def part(self) -> None:
+        """What `study.only` names. Its arms hold no lock but their own, so parts run side by side.
+
+        Raises:
+            ConfigError: a name that the study does not have, or arms before `prepare`.
+        """
+        study, only = RunDirectory(self.files.root), self.config.study.only
+        arms = list_arms(self.config)
+        names = {"prepare", *(x for a in arms for x in (a.name, a.group, f"s{a.seed}"))}
+        for name in only:
+            check_choice(name, sorted(names), "study.only")
+        if "prepare" in only:
+            study.root.mkdir(parents=True, exist_ok=True)
+            with study.lock():
+                whole = dataclasses.replace(
+                    self.config, study=dataclasses.replace(self.config.study, only=())
+                )
+                atomic_write_text(study.config, dump_config(whole))
+                self.prepare()
+        wanted = [i for i, a in enumerate(arms) if {a.name, a.group, f"s{a.seed}"} & set(only)]
+        missing = [arms[i] for i in wanted if has_plan_file(arms[i])]
+        missing = [a for a in missing if not self.files.plan(plan_name(self.config, a)).is_file()]
+        if missing or (wanted and not study.config.is_file()):
+            raise ConfigError(
+                f"{study.root} is not prepared: run the same study with study.only=[prepare] first"
+            )
+        if wanted and self.config.study.design is not None:
+            write_design(self.config)
+        for number in wanted:
+            self._check_open(arms[number])
+            self.arm(number)
+
+    def _check_open(self, arm: Arm) -> None:
+        """Refuses an arm of a block that comes after the look at which the study was decided."""
+        if self.config.study.design is None:
+            return
+        analysis = analyse(self.config)
+        look = analysis.design["look"]
+        if analysis.decided and look is not None and arm.seed > look:
+            raise ConfigError(
+                f"the study was decided at its look at {look} blocks; {arm.name} is not part of it"
+            )
 
     def profiles(self) -> None:
         for objective in self.config.study.profile.objectives:
@@ -113,9 +169,11 @@ class Runner:
         for arm in list_arms(self.config):
             if not has_plan_file(arm):
                 continue
-            ranks = self.planner.allocate(arm, self.planner.importance(arm))
-            name = plan_name(self.config, arm)
-            write_plan(self.files, name, ranks, self.planner.speeds(arm, ranks))
+            importance = self.planner.importance(arm)
+            ranks = self.planner.allocate(arm, importance)
+            scales = self.planner.scales(arm, importance)
+            speeds = self.planner.speeds(arm, ranks, scales)
+            write_plan(self.files, plan_name(self.config, arm), ranks, speeds, scales)
         for draw in range(self.config.study.probe.draws):
             ranks = self.planner.probe(PROBE_SEED + draw)
             write_plan(self.files, f"probe-{draw}", ranks, {})
@@ -146,8 +204,13 @@ class Runner:
     def arms(self) -> None:
         arms = list_arms(self.config)
         self.check_budgets(arms, arm_configs(self.config))
-        for number in range(len(arms)):
-            self.arm(number)
+        design = self.config.study.design
+        for end in (math.inf,) if design is None else design.looks:
+            for number, arm in enumerate(arms):
+                if design is None or arm.seed <= end:
+                    self.arm(number)
+            if design is not None and analyse(self.config).decided:
+                break
         self.check_spent(arms)
 
     def arm(self, number: int) -> None:
@@ -163,8 +226,14 @@ class Runner:
             replan = make_replan(self.config, arm, config, self.planner.shapes)
             sensitivity = arm.plan == "adalora"
             self.lab.run(title, config, replan=replan, track_sensitivity=sensitivity)
-        else:
+        elif self.config.study.design is None:
             self.lab.run(title, config)
+        elif not (self.files.arm(arm) / DIVERGED).is_file():
+            try:
+                self.lab.run(title, config)
+            except DivergedError as error:
+                # A design leaves no run out: this one counts as the base model.
+                atomic_write_json(self.files.arm(arm) / DIVERGED, {"reason": str(error)})
 
     def check_budgets(self, arms: list[Arm], configs: list[Config]) -> None:
         """Prints the realised ranks and asserts that arms of one mean rank cost the same.

@@ -37,6 +37,22 @@ class Planned:
     about: str | None = None
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What was planned and what came of it.
+
+    Attributes:
+        answers: group of arms -> its answers, in the layout's order; those that have finished.
+        layout: None before any has.
+        contrasts: name of a planned one -> what was found.
+    """
+
+    planned: Sequence[Planned]
+    answers: Mapping[str, Answers]
+    layout: RunLayout | None
+    contrasts: Mapping[str, Contrast]
+
+
 def planned_contrasts(config: StudyConfig, labels: Mapping[str, str]) -> list[Planned]:
     """Every plan against the uniform arm of its mean rank, and uniform arms against the widest.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from jaxgrpo.config import Config, ConfigError, Objective, ScaleRule, check_choice
+from jaxgrpo.study.design import CELL_RULES, DesignConfig
 from jaxgrpo.study.result_types import Answer, Decoding
 
 View = Literal["l2", "rms", "rank_free", "weight"]
@@ -181,8 +182,17 @@ class StudySettings:
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     arms: ArmsConfig = field(default_factory=ArmsConfig)
+    design: DesignConfig | None = None
+    """A factorial in blocks, in place of `arms`."""
+    only: tuple[str, ...] = ()
+    """Runs these parts and ends: `prepare` (profile, plans, probes), an arm's name or that of its
+    group, or s3 for every arm of seed or block 3. Parts may run side by side. Default: all."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.design is None or self.arms == ArmsConfig(),
+            "study.design makes its own arms: leave study.arms out",
+        )
         _require(0 < self.margin < 1, f"study.margin must lie in (0, 1), got {self.margin}")
 
 
@@ -218,9 +228,14 @@ class StudyConfig(Config):
         )
         decoding = self.study.outcome.decoding
         _require(
-            decoding in ("auto", self.decodings[0]),
+            decoding in ("auto", *self.decodings),
             f"study.outcome.decoding={decoding}, but eval.temperature={self.eval.temperature:g} "
-            f"gives {self.decodings[0]} completions",
+            f"gives {' and '.join(self.decodings)} completions",
+        )
+        _require(
+            self.study.design is None or self.lora.scale_rule == "constant",
+            "study.design has the scale rules of its cells; lora.scale_rule, that of uniform and "
+            f"proportional ranks, must be constant, got {self.lora.scale_rule}",
         )
         _require(
             self.study.outcome.answer == "reward" or self.eval.reward == "gsm8k_answer",
@@ -249,7 +264,10 @@ class StudyConfig(Config):
     @property
     def decodings(self) -> tuple[Decoding, ...]:
         """Which evaluations a run makes, the one that the study is about first."""
-        return ("sampled",) if self.eval.temperature > 0 else ("greedy",)
+        made: tuple[Decoding, ...] = ("sampled",) if self.eval.temperature > 0 else ("greedy",)
+        if self.eval.also_greedy:
+            made = ("sampled", "greedy")
+        return made[::-1] if self.study.outcome.decoding == made[-1] else made
 
     @property
     def mean_ranks(self) -> tuple[int, ...]:
@@ -294,6 +312,8 @@ class Arm:
 
     Attributes:
         scale_rule: None for uniform ranks at lora.rank, where all rules give the same scale.
+        seed: of a design, its block, counted from 1.
+        rate: factor on optim.learning_rate.
     """
 
     plan: str
@@ -301,6 +321,7 @@ class Arm:
     mean_rank: int
     seed: int
     objective: Objective = "grpo"
+    rate: float = 1.0
 
     @property
     def group(self) -> str:
@@ -315,8 +336,14 @@ class Arm:
 
 
 def list_arms(config: StudyConfig) -> list[Arm]:
-    """Every arm, reference first."""
-    arms = config.study.arms
+    """Every arm: the reference first, or, of a design, block by block in its order."""
+    arms, design = config.study.arms, config.study.design
+    if design is not None:
+        return [
+            Arm(cell, CELL_RULES[cell], config.lora.rank, block, rate=design.rate(block))
+            for block in range(1, design.blocks + 1)
+            for cell in design.order(block)
+        ]
     found = []
     for objective, rank, plan in itertools.product(arms.objectives, config.mean_ranks, arms.plans):
         same = plan == "uniform" and rank == config.lora.rank
@@ -367,6 +394,7 @@ class StudyFiles:
         self.results = self.root / "results.json"
         self.plans = self.root / "plans"
         self.html = self.root / "report.html"
+        self.design = self.root / "design.json"
 
     def calibration(self, objective: str) -> Path:
         return self.root / f"calibration{'' if objective == 'grpo' else f'-{objective}'}.json"

@@ -43,7 +43,8 @@ class Answers:
 
 def eval_file(run: Path, step: int, decoding: Decoding, config: StudyConfig) -> Path:
     """Where a run keeps the verdicts of one evaluation."""
-    return run / "eval" / f"step_{step:06d}.jsonl"
+    name = "greedy" if config.eval.also_greedy and decoding == "greedy" else "step"
+    return run / "eval" / f"{name}_{step:06d}.jsonl"
 
 
 class Questions:

@@ -51,7 +51,7 @@ class Lab:
         """Compiled programs for a session's configuration; plans, seeds and rules share them."""
         config = session.config
         length = None if config.optim.schedule == "constant" else config.steps
-        key = (config.objective, config.weight_grad_norms, length)
+        key = (config.objective, config.weight_grad_norms, config.optim, length)
         if key not in self._programs:
             made = make_programs(session)
             if self._programs:
@@ -60,6 +60,7 @@ class Lab:
                     made,
                     generate=first.generate,
                     generate_eval=first.generate_eval,
+                    generate_greedy=first.generate_greedy,
                     logprobs=first.logprobs,
                 )
             self._programs[key] = made

@@ -68,7 +68,8 @@ def first_order_speed(plan: RankPlan, importance: Mapping[str, np.ndarray]) -> f
     """
     at = plan.reference_rank
     uniform = {m: np.full(plan.layers, at) for m in plan.modules}
-    scales, level = plan.scales(), dataclasses.replace(plan, ranks=uniform).scales()
+    level = dataclasses.replace(plan, ranks=uniform, scale_factors=None).scales()
+    scales = plan.scales()
     speeds = [scales[m] * plan.ranks[m] @ importance[m] for m in plan.modules]
     reference = [level[m] * at @ importance[m] for m in plan.modules]
     return float(np.sum(speeds) / np.sum(reference))

@@ -93,7 +93,7 @@ class Planner:
             path = self.files.calibration(objective)
             raw = json.loads(path.read_text(encoding="utf-8"))[arm.plan]
             return {module: np.asarray(v) for module, v in raw.items()}
-        if arm.plan in FROM_PROFILE:
+        if arm.plan in (*FROM_PROFILE, "ranks_only", "speeds_only"):
             view = "weight" if arm.plan == "equalised" else self.config.study.allocation.view
             norms = read_norms(self.files.profile(objective), view)
             assert norms is not None, f"the profile has no view {view}"
@@ -116,6 +116,8 @@ class Planner:
     def allocate(self, arm: Arm, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Ranks of one arm from its importance."""
         settings, plan = self.config.study.allocation, arm.plan
+        if plan == "speeds_only":
+            return {m: np.full(self.layers, arm.mean_rank) for m in self.modules}
         if plan in WIDE:
             return {m: np.full(self.layers, self.start(arm)) for m in self.modules}
         granularity = "module" if plan in BY_MODULE else settings.granularity
@@ -127,14 +129,27 @@ class Planner:
             options["fraction"] = settings.reduced_fraction
         elif plan == "equalised":
             options["scale_rule"] = arm.scale_rule
-        method = "proportional" if plan == "proportional_module" else plan
+        method = "proportional" if plan in ("proportional_module", "ranks_only") else plan
         try:
             return allocate(method, values, self.shapes, budget, seed=arm.seed, **options)
         except ConfigError as error:
             where = " (k is study.allocation.top_layers)" if plan == "top_k" else ""
             raise ConfigError(f"plan {plan} at mean rank {arm.mean_rank}{where}: {error}") from None
 
-    def speeds(self, arm: Arm, ranks: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def scales(self, arm: Arm, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """Factors on the scales of cell D: its layers learn at the speeds that P's ranks give."""
+        if arm.plan != "speeds_only":
+            return None
+        proportional = dataclasses.replace(arm, plan="proportional")
+        ranks = self.allocate(proportional, values)
+        return {m: r / arm.mean_rank for m, r in ranks.items()}
+
+    def speeds(
+        self,
+        arm: Arm,
+        ranks: Mapping[str, np.ndarray],
+        scales: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, float]:
         """First-order speed of a plan under every scale rule, by the weights' own gradient; none
         where there was no gradient."""
         objective = self.config.importance_objective(arm.objective)
@@ -146,7 +161,7 @@ class Planner:
         for rule in SCALE_RULES:
             settings = scaled_lora(self.config, rule, arm.mean_rank)
             lora = dataclasses.replace(self.config.lora, **settings)
-            found[rule] = first_order_speed(
-                make_rank_plan(lora, self.layers, ranks), importance(norms)
-            )
+            plan = make_rank_plan(lora, self.layers, ranks)
+            plan = dataclasses.replace(plan, scale_factors=scales)
+            found[rule] = first_order_speed(plan, importance(norms))
         return found

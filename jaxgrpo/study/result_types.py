@@ -156,6 +156,17 @@ class Trend(TypedDict):
     df: float
 
 
+class Interaction(TypedDict):
+    """A contrast's slope on log2 of the learning rate."""
+
+    name: str
+    slope: float
+    low: float
+    high: float
+    p: float
+    df: float
+
+
 class LookResult(TypedDict):
     """A planned look of a factorial study and what it decided."""
 
@@ -178,7 +189,7 @@ class DesignResult(TypedDict):
     """How many blocks the printed analysis uses."""
     cells: dict[str, str]
     """Cell -> what it is, in a line."""
-    interactions: list[Contrast]
+    interactions: list[Interaction]
     """Contrast x log learning rate, per doubling: the sensitivity analysis."""
 
 

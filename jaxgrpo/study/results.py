@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import numpy as np
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.stats import Interval, RunLayout
 from jaxgrpo.study.amplification import amplification, amplification_verdict
-from jaxgrpo.study.comparisons import compare, detectable, planned_contrasts
+from jaxgrpo.study.comparisons import Compared, compare, detectable, planned_contrasts
 from jaxgrpo.study.config import DYNAMIC, Arm, StudyConfig, StudyFiles, arm_label, list_arms
+from jaxgrpo.study.design import CELLS
 from jaxgrpo.study.evals import Answers, Questions, measures, read_answers
+from jaxgrpo.study.factorial import analyse
 from jaxgrpo.study.importance import importance
 from jaxgrpo.study.norms import layer_norms, read_norms
 from jaxgrpo.study.paper import paper_rows
@@ -33,7 +36,7 @@ from jaxgrpo.study.result_types import (
 )
 from jaxgrpo.study.runs import has_plan_file, plan_name
 from jaxgrpo.study.settings import study_settings
-from jaxgrpo.study.verdict import question, verdict
+from jaxgrpo.study.verdict import design_verdict, how_sure, question, verdict
 
 VIEWS = ("l2", "weight", "rank_free", "rms")
 
@@ -48,15 +51,24 @@ def collect_results(config: StudyConfig) -> Results:
     groups: dict[str, list[Arm]] = {}
     for arm in list_arms(config):
         groups.setdefault(arm.group, []).append(arm)
-    answers, questions = {}, Questions()
-    for group, arms in groups.items():
-        found = read_answers([files.arm(arm) for arm in arms], config.steps, config, questions)
-        if found is not None:
-            answers[group] = found
-    labels = {group: arm_label(arms[0], config) for group, arms in groups.items()}
-    planned = planned_contrasts(config, labels)
-    layout = RunLayout(np.array([one.cells for one in answers.values()])) if answers else None
-    contrasts = {} if layout is None else compare(planned, answers, layout)
+    design = None
+    if config.study.design is None:
+        compared = _compared(config, files, groups)
+    else:
+        analysis = analyse(config)
+        design = analysis.design
+        done = design["look"] or 0
+        groups = {
+            arms[0].plan: [arm for arm in arms if arm.seed <= max(done, 1)]
+            for arms in sorted(groups.values(), key=lambda arms: list(CELLS).index(arms[0].plan))
+        }
+        compared = analysis.compared
+    planned, answers, layout, contrasts = (
+        compared.planned,
+        compared.answers,
+        compared.layout,
+        compared.contrasts,
+    )
     about = {one.about: contrasts[one.name] for one in planned if one.name in contrasts}
     arms = [
         _arm(files, runs, _accuracy(group, answers, layout), about.get(group), config)
@@ -75,7 +87,9 @@ def collect_results(config: StudyConfig) -> Results:
         "format": RESULTS_FORMAT,
         "title": config.study.title,
         "question": question(config),
-        "verdict": verdict(arms, list(contrasts.values()), residual, smallest, trend),
+        "verdict": verdict(arms, list(contrasts.values()), residual, smallest, trend)
+        if design is None
+        else design_verdict(design, list(contrasts.values())) + how_sure(residual, smallest),
         "settings": study_settings(config, files),
         "versions": _versions(files, config),
         "base": _base(config, files),
@@ -89,7 +103,7 @@ def collect_results(config: StudyConfig) -> Results:
             "residual sd of the runs; more seeds make it smaller"
         ),
         "rank_trend": trend,
-        "design": None,
+        "design": design,
         "profiles": profiles,
         "importance": {
             "objective": config.importance_objective(config.study.arms.objectives[0]),
@@ -113,7 +127,7 @@ class _Accuracy:
 
 
 def _accuracy(
-    group: str, answers: dict[str, Answers], layout: RunLayout | None
+    group: str, answers: Mapping[str, Answers], layout: RunLayout | None
 ) -> _Accuracy | None:
     if layout is None or group not in answers:
         return None
@@ -129,10 +143,24 @@ def _residual(layout: RunLayout) -> Residual | None:
     return {"sd": found.sd, "df": found.df, "low": found.low, "high": found.high}
 
 
+def _compared(config: StudyConfig, files: StudyFiles, groups: dict[str, list[Arm]]) -> Compared:
+    """The plans of `study.arms`, those whose seeds have all finished."""
+    answers, questions = {}, Questions()
+    for group, arms in groups.items():
+        found = read_answers([files.arm(arm) for arm in arms], config.steps, config, questions)
+        if found is not None:
+            answers[group] = found
+    labels = {group: arm_label(arms[0], config) for group, arms in groups.items()}
+    planned = planned_contrasts(config, labels)
+    layout = RunLayout(np.array([one.cells for one in answers.values()])) if answers else None
+    contrasts = {} if layout is None else compare(planned, answers, layout)
+    return Compared(planned, answers, layout, contrasts)
+
+
 def _rank_trend(
     config: StudyConfig,
     groups: dict[str, list[Arm]],
-    answers: dict[str, Answers],
+    answers: Mapping[str, Answers],
     layout: RunLayout | None,
 ) -> Trend | None:
     """Slope of the uniform arms' accuracy on log2 of their rank, under the first scale rule."""
@@ -193,7 +221,7 @@ def _arm(
         "high": accuracy and accuracy.interval.high,
         "per_seed": accuracy.per_seed if accuracy else [],
         "n_items": accuracy.items if accuracy else 0,
-        "learning_rates": [config.optim.learning_rate for _ in arms],
+        "learning_rates": [arm.rate * config.optim.learning_rate for arm in arms],
         "measures": measures(runs, config.steps, config) if done else [],
         "reward_last_quarter": _last_quarter(metrics, "reward") if done else [],
         "kl_last_quarter": _last_quarter(metrics, "kl") if done else [],

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,9 @@ def has_plan_file(arm: Arm) -> bool:
 def plan_name(config: StudyConfig, arm: Arm) -> str:
     """Arms share a plan where what it is made from is the same: a random one is drawn for every
     seed, equalised ranks depend on the scale rule, measured ones on whose gradient it was."""
-    name = f"{arm.plan}-r{arm.mean_rank}"
+    # Cell N of a design has the ranks of P, and another scale rule.
+    plan = "proportional" if arm.plan == "ranks_only" else arm.plan
+    name = f"{plan}-r{arm.mean_rank}"
     if arm.plan == "random":
         name += f"-s{arm.seed}"
     if arm.plan == "equalised":
@@ -40,11 +43,18 @@ def plan_name(config: StudyConfig, arm: Arm) -> str:
 
 
 def write_plan(
-    files: StudyFiles, name: str, ranks: Mapping[str, np.ndarray], speed: Mapping[str, float]
+    files: StudyFiles,
+    name: str,
+    ranks: Mapping[str, np.ndarray],
+    speed: Mapping[str, float],
+    scales: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """A plan for `lora.plan`, with its first-order speed under every scale rule."""
     lists = {module: np.asarray(values).tolist() for module, values in ranks.items()}
-    atomic_write_json(files.plan(name), {"ranks": lists, "speed": dict(speed)})
+    plan: dict[str, Any] = {"ranks": lists, "speed": dict(speed)}
+    if scales is not None:
+        plan["scales"] = {module: np.asarray(values).tolist() for module, values in scales.items()}
+    atomic_write_json(files.plan(name), plan)
 
 
 def profile_config(config: StudyConfig, objective: Objective) -> Config:
@@ -90,6 +100,9 @@ def arm_config(config: StudyConfig, arm: Arm, first: bool) -> Config:
         objective=arm.objective,
         seed=config.seed + arm.seed,
         lora=dataclasses.replace(config.lora, **settings),
+        optim=dataclasses.replace(
+            config.optim, learning_rate=arm.rate * config.optim.learning_rate
+        ),
         eval=dataclasses.replace(config.eval, before_training=first),
     )
 

@@ -40,9 +40,23 @@ def study_settings(config: StudyConfig, files: StudyFiles) -> dict[str, str]:
         "scale": f"every rule gives {config.lora.alpha / config.lora.rank:g} at rank "
         f"{config.lora.rank}",
         "adapted": ", ".join(config.lora.target_modules),
-        "seeds": ", ".join(map(str, config.study.arms.seeds)),
-        "scope": "one profile, so one plan per method, and one learning rate: the claim is about "
-        "these plans",
+        **_runs(config),
+    }
+
+
+def _runs(config: StudyConfig) -> dict[str, str]:
+    design = config.study.design
+    if design is None:
+        return {
+            "seeds": ", ".join(map(str, config.study.arms.seeds)),
+            "scope": "one profile, so one plan per method, and one learning rate: the claim is "
+            "about these plans",
+        }
+    return {
+        "blocks": f"seed {config.seed} + block, learning rate x "
+        f"{', '.join(f'{rate:g}' for rate in design.learning_rates)} in turn; looks at "
+        f"{', '.join(map(str, design.looks))} blocks",
+        "scope": "one profile, so one plan, averaged over these learning rates",
     }
 
 

@@ -103,4 +103,5 @@ def run_sweep(config: SweepConfig, console: Console) -> list[Results]:
     elif config.sweep.hosts > 1:
         raise ConfigError(f"sweep.hosts={config.sweep.hosts} needs Ray: pip install 'jaxgrpo[ray]'")
     # Of a study whose arms are done this only makes the report.
-    return [run_study(study, console) for study in studies]
+    found = [run_study(study, console) for study in studies]
+    return [results for results in found if results is not None]

@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxgrpo.study.config import StudyConfig
-from jaxgrpo.study.result_types import ArmResult, Contrast, Detectable, Residual, Trend
+from jaxgrpo.study.result_types import (
+    ArmResult,
+    Contrast,
+    DesignResult,
+    Detectable,
+    Residual,
+    Trend,
+)
 
 
 def question(config: StudyConfig) -> str:
+    if config.study.design is not None:
+        return (
+            f"At {config.lora.rank} ranks per adapter on average: do ranks proportional to the "
+            "gradient change accuracy, and is it the ranks or the learning speed that they bring?"
+        )
     plans = [p for p in config.study.arms.plans if p != "uniform"]
     ranks = ", ".join(map(str, config.mean_ranks))
     budget = f"a mean rank of {ranks}" if len(config.mean_ranks) == 1 else f"mean ranks of {ranks}"
@@ -59,10 +71,17 @@ def verdict(
         rest = [c for c in contrasts if c["verdict"] == word and c is not primary]
         if rest:
             sentences.append(f"{word.capitalize()}: {_listed(rest)}.")
-    sentences.append(
-        f"A run moves by an sd of {_points(residual['sd'])} points by itself "
-        f"({_points(residual['low'])} to {_points(residual['high'])}, {residual['df']} df)."
-    )
+    return sentences + how_sure(residual, detectable)
+
+
+def how_sure(residual: Residual | None, detectable: Detectable | None) -> list[str]:
+    """How much a run moves, and what a study of this size can find."""
+    sentences = []
+    if residual is not None:
+        sentences.append(
+            f"A run moves by an sd of {_points(residual['sd'])} points by itself "
+            f"({_points(residual['low'])} to {_points(residual['high'])}, {residual['df']} df)."
+        )
     if detectable is not None:
         sentences.append(
             f"At this size the primary contrast finds a true difference of "
@@ -70,6 +89,31 @@ def verdict(
             f"({_points(detectable['low'])} to {_points(detectable['high'])} over the interval of "
             "that sd)."
         )
+    return sentences
+
+
+def design_verdict(design: DesignResult, contrasts: Sequence[Contrast]) -> list[str]:
+    """What a factorial study says at its latest look, and whether it goes on."""
+    look = next((one for one in design["looks"] if one["blocks"] == design["look"]), None)
+    if look is None:
+        first = design["looks"][0]
+        return [
+            f"{first['finished']} of the {first['blocks']} blocks of the first look have finished; "
+            "nothing is analysed before."
+        ]
+    last = design["looks"][-1]["blocks"]
+    end = (
+        "the study is decided and ends here"
+        if look["decided"]
+        else "the study ends here, with what is open left open"
+        if look["blocks"] == last
+        else "it goes on to the next look"
+    )
+    sentences = [
+        f"Look at {look['blocks']} of {last} blocks: a contrast differs at p <= "
+        f"{look['differs_at']:.4f} and is equivalent at p <= {look['equivalent_at']:.4f}; {end}."
+    ]
+    sentences += [f"{c['name'].capitalize()}: {c['verdict']}. {_tested(c)}." for c in contrasts]
     return sentences
 
 
@@ -100,7 +144,9 @@ def _listed(contrasts: Sequence[Contrast]) -> str:
 def _tested(c: Contrast) -> str:
     assert c["low"] is not None and c["high"] is not None and c["p_holm"] is not None
     said = f", {c['verdict']}" if c["family"] == "primary" else ""
-    within = f" within {_points(c['margin'])}" if c["verdict"] == "equivalent" else ""
+    within = (
+        f" within {_points(c['margin'])} points" if said and c["verdict"] == "equivalent" else ""
+    )
     return (
         f"{c['name']} is {100 * c['difference']:+.1f} points ({100 * c['low']:+.1f} to "
         f"{100 * c['high']:+.1f}, p = {c['p_holm']:.2g}, {len(c['per_seed'])} seeds, "

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrpo.config import EMBEDDED, ConfigError, DataConfig, suggestion
+from jaxgrpo.config import DEV_SPLIT, EMBEDDED, ConfigError, DataConfig, suggestion
 from jaxgrpo.tasks.answers import gold_answer
 from jaxgrpo.tasks.math_boxed import gold_math_answer
 from jaxgrpo.tasks.problems import make_problems
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 EMBEDDED_EVAL_PROBLEMS = 512
+DEV_SEED = 20_260_000
+"""Of the draw of `data.dev_problems`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Problem:
 
 
 def load_problems(config: DataConfig, split: str) -> list[Problem]:
-    """Reads one split of `data.path`.
+    """Reads one split of `data.path`; `dev` and train_split divide the training problems.
 
     A directory is searched for SPLIT.jsonl, .json or .parquet; a single file is used for either
     split.
@@ -43,6 +45,26 @@ def load_problems(config: DataConfig, split: str) -> list[Problem]:
             without text in a column, but for an answer that `data.drop_rows_without_answer` allows
             to be missing, which is "" here.
     """
+    if config.dev_problems and split in (DEV_SPLIT, config.train_split):
+        return _divided(config, split)
+    return _read_split(config, split)
+
+
+def _divided(config: DataConfig, split: str) -> list[Problem]:
+    """The part of the training problems that is held out, or the rest, each in file order."""
+    problems = _read_split(config, config.train_split)
+    if config.dev_problems >= len(problems):
+        raise ConfigError(
+            f"data.dev_problems={config.dev_problems} leaves none of the {len(problems)} training "
+            "problems to train on"
+        )
+    # One draw for every seed of a run, so that no run trains on what another is judged by.
+    drawn = np.random.default_rng(DEV_SEED).permutation(len(problems))[: config.dev_problems]
+    held_out = set(drawn.tolist())
+    return [p for p in problems if (p.index in held_out) == (split == DEV_SPLIT)]
+
+
+def _read_split(config: DataConfig, split: str) -> list[Problem]:
     rows = _embedded(config, split) if config.path == EMBEDDED else _read(config, split)
     where = f"data.path {config.path} ({split})"
     if not rows:

@@ -172,7 +172,9 @@ def make_factorial():
         ],
         "look": 3,
         "cells": CELLS,
-        "interactions": [],
+        "interactions": [
+            {"name": "P - U", "slope": 0.01, "low": -0.02, "high": 0.04, "p": 0.5, "df": 18.0}
+        ],
     }
     nothing = ("profiles", "amplification", "amplification_verdict", "spread", "allocations")
     made |= {name: [] for name in nothing}

@@ -99,6 +99,7 @@ def _design(results: Results) -> list[Part]:
         f"{_DESIGN}{written}.{used}",
         tables.pair_table("Cells", design["cells"], "cell"),
         tables.look_table(design),
+        *([tables.interaction_table(design)] if design["interactions"] else []),
     ]
 
 

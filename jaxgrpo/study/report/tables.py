@@ -101,6 +101,21 @@ def look_table(design: DesignResult) -> Table:
     return Table("Looks and their bounds", headings, rows)
 
 
+def interaction_table(design: DesignResult) -> Table:
+    rows = [
+        (
+            found["name"],
+            signed(100 * found["slope"], places=1),
+            span(100 * found["low"], 100 * found["high"], signed),
+            facts.p_value(found["p"]),
+            decimal(found["df"], 0),
+        )
+        for found in design["interactions"]
+    ]
+    caption = "Does a difference depend on the learning rate? Points per doubling"
+    return Table(caption, ("contrast", "slope", "95 % interval", "p", "df"), rows)
+
+
 def part_table(results: Results) -> Table:
     headings = ("scale rule", "gradient of", "phase", "slope", "95 %, randomisation")
     rows = []
