@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -13,8 +14,10 @@ from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.records.run_directory import read_jsonl
 
 
-def read_norms(run_dir: Path, view: str) -> dict[str, np.ndarray] | None:
-    """module -> [T, L]: each adapter's norm at each step, A and B as one (root of squares).
+def read_norms(
+    run_dir: Path, view: str, matrix: Literal["a", "b"] | None = None
+) -> dict[str, np.ndarray] | None:
+    """module -> [T, L]: each adapter's norm at each step, A and B as one (root of squares) or one.
 
     None when the run did not measure that view.
     """
@@ -27,7 +30,16 @@ def read_norms(run_dir: Path, view: str) -> dict[str, np.ndarray] | None:
     norms = {}
     for module in (m for m in MODULES if m in records[0][view]):
         parts = [
-            np.sqrt(np.sum([np.square(x) for x in record[view][module].values()], axis=0))
+            np.sqrt(
+                np.sum(
+                    [
+                        np.square(x)
+                        for name, x in record[view][module].items()
+                        if matrix in (None, name)
+                    ],
+                    axis=0,
+                )
+            )
             for record in records
         ]
         norms[module] = np.array(parts, np.float64)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.stats import Interval, RunLayout
-from jaxgrpo.study.amplification import amplification, amplification_verdict
+from jaxgrpo.study.amplification import amplification, amplification_verdict, spread
 from jaxgrpo.study.comparisons import Compared, compare, detectable, planned_contrasts
 from jaxgrpo.study.config import DYNAMIC, Arm, StudyConfig, StudyFiles, arm_label, list_arms
 from jaxgrpo.study.design import CELLS
@@ -111,7 +111,7 @@ def collect_results(config: StudyConfig) -> Results:
         },
         "amplification": slopes,
         "amplification_verdict": amplification_verdict(slopes),
-        "spread": [],
+        "spread": spread(config, files),
         "paper": paper_rows(config, files, arms, profiles),
         "allocations": _allocations(config, files),
     }

@@ -7,77 +7,142 @@ import pytest
 
 from jaxgrpo.stats import Interval
 from jaxgrpo.study import slopes as slopes_
+from jaxgrpo.study.slopes import Fit, fit_slope
 from tests.study.test_importance import PROPORTIONAL, UNIFORM
 
-TRIALS = 500
-COVERS = (0.92, 0.98)
 
-
-def covered(intervals, truth):
-    return np.mean([interval.low <= truth <= interval.high for interval in intervals])
+def fit(x, y, blocks=None, clusters=None, **options):
+    blocks = np.zeros(len(x)) if blocks is None else blocks
+    clusters = np.arange(len(x)) if clusters is None else clusters
+    return fit_slope(np.asarray(x), np.asarray(y), blocks, clusters, **options)
 
 
 def test_a_power_law_gives_its_exponent_exactly():
-    log_rank = np.log([4.0, 8, 16, 32, 64])
-    slope = slopes_.log_log_slope(log_rank, 0.5 * log_rank - 3.0)
-    assert (slope.value, slope.low, slope.high) == pytest.approx((0.5, 0.5, 0.5), abs=1e-12)
+    log_rank = np.log([4.0, 8, 16, 32, 64, 2, 3, 12])
+    found = fit(log_rank, 0.5 * log_rank - 3.0)
+    assert found.value == pytest.approx(0.5, abs=1e-12)
+    assert found.low == pytest.approx(0.5) == found.high
+    assert (found.cr1_low, found.cr1_high) == pytest.approx((0.5, 0.5))
 
 
-def test_the_papers_amplification_is_nearly_a_square_root():
-    """Ranks inferred from the uniform shares, clipped to the 20-40 that the paper reports."""
+def test_the_papers_shares_fit_a_square_root():
+    """Ranks inferred from the uniform shares, clipped to the 20-40 that the paper reports. They are
+    a function of the same shares, which lowers the slope: a check of size, no evidence."""
     log_rank = np.log(np.clip(896 * UNIFORM / 100, 20, 40))
-    slope = slopes_.log_log_slope(log_rank, np.log(PROPORTIONAL / UNIFORM))
-    assert slope.value == pytest.approx(0.48, abs=0.01)
-    assert slope.low < 0.5 < slope.high
+    assert fit(log_rank, np.log(PROPORTIONAL / UNIFORM)).value == pytest.approx(0.48, abs=0.01)
 
 
 def test_a_slope_does_not_lose_digits_far_from_zero():
     x = 1e7 + np.array([0.1, 1.3, 2.7, 3.9])
-    assert slopes_.log_log_slope(x, 0.5 * x).value == pytest.approx(0.5, abs=1e-6)
+    assert fit(x, 0.5 * x).value == pytest.approx(0.5, abs=1e-6)
 
 
-@pytest.mark.parametrize("clustered", [False, True])
-def test_the_slope_covers(clustered):
-    """28 layers in three arms, with or without a noise that an arm's layers share across arms."""
-    rng = np.random.default_rng(14)
-    layers = np.tile(np.arange(28), 3)
-    intervals, alone = [], []
-    for i in range(TRIALS):
-        own = rng.normal(0, 0.3, 28)[layers] if clustered else 0.0
-        base = rng.choice([-1.0, 0.0, 1.0], 28)[layers] if clustered else 0.0
-        x = base + rng.normal(0, 0.3, 84)
-        y = 0.5 * x + own + rng.normal(0, 0.1, 84)
-        intervals.append(slopes_.log_log_slope(x, y, layers, seed=i, resamples=500))
-        if clustered and i < 100:
-            alone.append(slopes_.log_log_slope(x, y, seed=i, resamples=500))
-    low = 0.90 if clustered else COVERS[0] - 0.01  # 28 clusters: a little short of 0.95
-    assert low <= covered(intervals, 0.5) <= COVERS[1]
-    if clustered:
-        assert covered(alone, 0.5) < 0.85
+def test_every_block_has_its_own_intercept():
+    """A module whose gradients are larger, and given more rank, makes no slope."""
+    x = np.log([2.0, 4, 8, 16, 20, 40, 80, 160])
+    blocks = np.repeat([0, 1], 4)
+    found = fit(x, 0.3 * x + 5.0 * blocks, blocks, np.tile(np.arange(4), 2))
+    assert found.value == pytest.approx(0.3)
+
+
+def test_the_second_interval_is_the_textbooks_cluster_robust_one():
+    """CR1 by matrices: (X'X)^-1 sum over clusters of (X_g' e_g)(X_g' e_g)' (X'X)^-1, corrected."""
+    from scipy import stats as scipy_stats
+
+    rng = np.random.default_rng(0)
+    layers, blocks = np.tile(np.arange(6), 3), np.repeat(np.arange(3), 6)
+    x, y = rng.normal(size=18), rng.normal(size=18)
+    design = np.column_stack([x, *(blocks == b for b in range(3))])
+    inverse = np.linalg.inv(design.T @ design)
+    beta = inverse @ design.T @ y
+    rest = y - design @ beta
+    meat = sum(
+        np.outer(u, u) for g in range(6) for u in [design[layers == g].T @ rest[layers == g]]
+    )
+    variance = (inverse @ meat @ inverse)[0, 0] * 6 / 5 * 17 / 14
+    half = scipy_stats.t.ppf(0.975, 5) * variance**0.5
+    found = fit(x, y, blocks, layers)
+    assert found.value == pytest.approx(beta[0])
+    assert (found.cr1_low, found.cr1_high) == pytest.approx((beta[0] - half, beta[0] + half))
+
+
+def test_the_interval_holds_what_the_randomisation_test_does_not_reject():
+    """By hand over the same orders, on both sides of each end."""
+    rng = np.random.default_rng(1)
+    x, draws = np.log(rng.permutation([2.0, 4, 8, 16, 3, 6, 12, 24])), 499
+    y = 0.4 * x + rng.normal(0, 0.2, 8)
+    found = fit(x, y, seed=3, draws=draws)
+    x, y = x - x.mean(), y - y.mean()
+    orders = np.argsort(np.random.default_rng(3).random((draws, 8)), axis=1)
+
+    def p(slope):
+        seen = abs(x @ (y - slope * x))
+        return (1 + (np.abs(x[orders] @ (y - slope * x)) >= seen - 1e-12).sum()) / (draws + 1)
+
+    width = found.high - found.low
+    for end, inwards in ((found.low, width / 100), (found.high, -width / 100)):
+        assert p(end + inwards) > 0.05 >= p(end - inwards)
+
+
+def coverage(layers, draws, studies, seed):
+    """Both intervals of a mean slope of 0.2 that differs between layers; neighbours' noise goes
+    together, and slopes keep through all draws."""
+    rng = np.random.default_rng(seed)
+    ranks = np.log(np.resize([2, 4, 8, 16], layers))
+    blocks = np.repeat(np.arange(7 * draws), layers)
+    clusters = np.tile(np.arange(layers), 7 * draws)
+    inside = []
+    for study in range(studies):
+        slope = 0.2 + rng.normal(0, 0.05, layers)
+        x = np.concatenate([rng.permutation(ranks) for _ in range(7 * draws)])
+        own = rng.normal(0, 0.05, (draws, layers))
+        own = np.repeat(own + 0.5 * np.roll(own, 1, axis=1), 7, axis=0).ravel()
+        y = np.tile(slope, 7 * draws) * x + own + rng.normal(0, 0.05, len(x))
+        found = fit(x, y, blocks, clusters, seed=study, draws=399)
+        mean = slope.mean()
+        inside.append((found.low <= mean <= found.high, found.cr1_low <= mean <= found.cr1_high))
+    return np.mean(inside, axis=0)
+
+
+def test_both_intervals_cover():
+    """150 studies: standard error 1.8 %."""
+    assert (coverage(8, 1, 150, 4) >= 0.95 - 0.055).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [8, 28])
+@pytest.mark.parametrize("draws", [1, 4])
+def test_the_coverage_of_both_intervals(layers, draws):
+    """3,000 studies, standard error 0.4 %; bands of the acceptance, two errors wider."""
+    found = coverage(layers, draws, 3000, layers + draws)
+    print(layers, draws, found)
+    assert ((found >= 0.94 - 0.008) & (found <= 0.965 + 0.012)).all()
 
 
 def test_a_slope_needs_ranks_that_differ():
     with pytest.raises(ValueError, match="every rank is the same"):
-        slopes_.log_log_slope(np.full(5, np.log(32)), np.arange(5.0))
+        fit(np.full(5, np.log(32)), np.arange(5.0))
     with pytest.raises(ValueError, match="two clusters"):
-        slopes_.log_log_slope(np.arange(3.0), np.arange(3.0), np.zeros(3))
+        fit(np.arange(3.0), np.arange(3.0), clusters=np.zeros(3))
     with pytest.raises(ValueError, match="leave out layers of rank 0"):
-        slopes_.log_log_slope(np.array([0.0, -np.inf]), np.zeros(2))
+        fit(np.array([0.0, -np.inf]), np.zeros(2))
     with pytest.raises(ValueError, match="one shape"):
-        slopes_.log_log_slope(np.arange(3.0), np.arange(4.0))
+        fit(np.arange(3.0), np.arange(4.0))
 
 
-def test_resamples_of_equal_ranks_are_left_out():
-    """One layer at another rank is missing from a third of the resamples."""
-    x = np.array([0.0, 0, 0, 1])
-    slope = slopes_.log_log_slope(x, 0.5 * x)
-    assert (slope.low, slope.high) == pytest.approx((0.5, 0.5))
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.11, 0.2, "follows"), (0.02, 0.09, "does not"), (0.02, 0.2, "open"), (-0.2, 0.0, "open")],
+)
+def test_one_margin_says_follows_and_does_not(low, high, said):
+    """A third decimal above 0 is no feedback, and 0.09 is not far from it."""
+    assert Fit((low + high) / 2, low, high, low, high).verdict() == said
 
 
 # ---- which explanation survives
 
 
-def around(value, half=0.06):
+def around(value, half=0.04):
     return Interval(value, value - half, value + half)
 
 
@@ -92,7 +157,7 @@ def rules(constant, rslora, alpha_over_r):
         (rules(0.48, 0.03, -0.52), around(0.01), "mechanical"),
         ({"constant": around(0.5)}, around(-0.02), "mechanical"),
         (rules(0.8, 0.3, -0.2), around(0.3), "both"),
-        (rules(0.55, 0.1, -0.45), around(0.1), "both"),
+        (rules(0.65, 0.15, -0.35), around(0.15), "both"),
         (rules(0.6, 0.6, 0.6), around(0.6), "feedback"),
         (rules(0.0, 0.0, 0.0), around(0.0), "neither"),
         ({"constant": around(1.4)}, around(0.0), "neither"),
@@ -101,6 +166,8 @@ def rules(constant, rslora, alpha_over_r):
         (rules(0.5, 0.0, 0.5), around(0.0), "undecided"),
         ({"constant": around(0.4, 0.4)}, around(0.0), "undecided"),
         (rules(0.5, 0.0, -0.5), around(0.1, 0.3), "undecided"),
+        # 0.00 [0.00, 0.01] was called a feedback when its low end was above 0.
+        (rules(0.5, 0.0, -0.5), Interval(0.004, 0.001, 0.01), "mechanical"),
         (rules(0.5, 0.0, -0.5), None, "undecided"),
         ({}, None, "undecided"),
     ],
@@ -121,12 +188,6 @@ def test_which_explanation_survives(slopes, rank_free, label):
 )
 def test_a_number_has_its_sign_unless_it_is_zero(value, text):
     assert slopes_.signed(value) == text
-
-
-def test_a_weak_feedback_is_called_so():
-    weak = slopes_.explanation(rules(0.55, 0.1, -0.45), around(0.1))[1]
-    strong = slopes_.explanation(rules(0.8, 0.3, -0.2), around(0.3))[1]
-    assert "a little gradient" in weak and "a little" not in strong
 
 
 def test_only_known_scale_rules_have_a_prediction():
