@@ -283,7 +283,11 @@ def check_same_inputs(meta: dict, inputs: Mapping[str, str], config: Config, run
 
     A checkpoint that recorded none says nothing about them.
     """
-    where = {"train_prompts": f"data.path {config.data.path}", "adapter": config.lora.adapter}
+    where = {
+        "model": f"model.path {config.model.path}",
+        "train_prompts": f"data.path {config.data.path}",
+        "adapter": config.lora.adapter,
+    }
     for name, recorded in meta.get("inputs", {}).items():
         if recorded != inputs.get(name, recorded):
             raise ConfigError(
@@ -292,5 +296,9 @@ def check_same_inputs(meta: dict, inputs: Mapping[str, str], config: Config, run
             )
 
 
-_HELD = {"train_prompts": "training rows (or the tokenizer another template)", "adapter": "weights"}
+_HELD = {
+    "model": "weights",
+    "train_prompts": "training rows (or the tokenizer another template)",
+    "adapter": "weights",
+}
 _ANOTHER_PLACE = "choose another run_dir, or remove this one to start over"

@@ -32,6 +32,7 @@ from jaxgrpo.model.weights import (
     read_eos_token_ids,
     read_qwen2_config,
     resolve_model_dir,
+    weights_sha256,
 )
 from jaxgrpo.rank_plan import RankPlan, make_rank_plan
 from jaxgrpo.records.tracking import check_wandb
@@ -84,7 +85,10 @@ class Session:
     @property
     def inputs(self) -> dict[str, str]:
         """Hashes of what a run reads besides its settings: it may go on only from the same."""
-        found = {"train_prompts": self.train_prompts.sha256()}
+        found = {
+            "model": weights_sha256(self.model_dir),
+            "train_prompts": self.train_prompts.sha256(),
+        }
         return found if self.adapter is None else found | {"adapter": self.adapter.sha256()}
 
     def with_config(self, config: Config) -> Session:

@@ -90,6 +90,11 @@ def train_session(
         restored = checkpoints.restore_latest(fresh, config, fixed)
         start_plan = session.plan
         state, start, plan = restored or (fresh, 0, start_plan)
+        if start > config.steps:
+            raise ConfigError(
+                f"{run.root} is after step {start}, further than steps={config.steps}; give "
+                f"steps={start}, or another run_dir"
+            )
         if restored is not None:
             console.print(f"resuming {run.root} after step {start} of {config.steps}")
             session = session.with_plan(plan)

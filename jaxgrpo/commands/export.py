@@ -81,7 +81,7 @@ def read_source(source: Path, model: str | None) -> tuple[Any, dict, Mapping[str
     import dataclasses
 
     from jaxgrpo.checkpoint import read_adapter
-    from jaxgrpo.config_files import encode_config
+    from jaxgrpo.config_files import encode_config, load_config
     from jaxgrpo.evaluate import comparable, read_eval
     from jaxgrpo.model.adapters import adapter_from_lora
     from jaxgrpo.model.peft_files import CONFIG_FILE, read_peft
@@ -101,8 +101,13 @@ def read_source(source: Path, model: str | None) -> tuple[Any, dict, Mapping[str
     if before and after and not comparable(before, after):
         before = None
     scores = {"before": before, "after": after}
+    shown = saved.config
+    if files.config.is_file():
+        # A finished run may have been evaluated anew: these settings belong to its scores.
+        now = load_config([files.config])
+        shown = dataclasses.replace(shown, eval=now.eval, data=now.data)
     facts = {
-        "config": encode_config(saved.config),
+        "config": encode_config(shown),
         "step": saved.step,
         "plan": saved.plan,
         "parameters": adapter.parameters,

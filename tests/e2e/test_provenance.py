@@ -6,7 +6,9 @@ import json
 import shutil
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from jaxgrpo.model.weights import EMBEDDED_DIR
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import main
 from jaxgrpo.tasks.problems import make_problems
@@ -68,6 +70,36 @@ def test_before_and_after_are_made_with_the_same_settings(again):
     assert made[0]["decoding"]["max_completion_tokens"] == 4
     assert (made[0].pop("policy"), made[1].pop("policy")) == ("the base model", "step 3")
     assert made[0] == made[1]
+
+
+def test_the_card_of_an_export_shows_the_settings_that_its_scores_are_of(again, tmp_path):
+    """The checkpoint is of before the second evaluation, and so are its settings."""
+    run, words = again
+    assert main([*words, "eval.max_completion_tokens=4", "eval.problems=4"]) == 0
+    assert main(["export", str(run), f"out={tmp_path / 'out'}"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "max_completion_tokens: 4" in card and "problems: 4" in card
+    assert "problems: 8" not in card
+
+
+def test_a_run_does_not_show_more_steps_than_it_was_asked_for(again, capsys):
+    _, words = again
+    assert main([*words, "steps=1"]) == 2
+    assert "is after step 2, further than steps=1" in capsys.readouterr().err
+
+
+def test_other_weights_in_the_same_place_are_another_model(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED_DIR, model)
+    words = [*SMALL, "steps=1", f"model.path={model}", f"run_dir={tmp_path / 'run'}"]
+    words += ["eval.before_training=false", "eval.after_training=false"]
+    assert main(words) == 0
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = 2 * tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors")
+    capsys.readouterr()
+    assert main(words) == 2
+    assert f"model.path {model} holds other weights than" in capsys.readouterr().err
 
 
 def test_what_was_evaluated_alike_is_not_evaluated_again(again, capsys):
