@@ -89,7 +89,7 @@ EVAL = Command(
     "accuracy: newest checkpoint, else lora.adapter, else base model",
     "  eval.problems=200                      so many problems of the split\n"
     "  eval.samples=4 eval.temperature=0.7    pass@1, pass@2 and pass@4\n"
-    "  lora.adapter=DIRECTORY                 a PEFT adapter, from here or elsewhere\n\n"
+    "  lora.adapter=DIRECTORY run_dir=NEW     a PEFT adapter, from here or elsewhere\n\n"
     "Problems, completions and verdicts are written to a folder of their own in\n"
     "run_dir/evaluations; run_dir/eval, what training evaluated, stays as it is.",
     "eval runs/try eval.problems=64",

@@ -159,7 +159,7 @@ def make_gradients(
         rows: TrainBatch,
         weights: Float[Array, "WR C"],
         *,
-        joined: Tree | None,
+        joined: Tree | tuple[Tree, ...] | None,
         remat: str,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, "WR C"], Float[Array, "WR C"]]]:
         lora, kernels = point

@@ -158,7 +158,7 @@ def bin_logprobs(
     temperature: float,
     chunk_tokens: int,
     remat: str,
-    joined: Tree | None = None,
+    joined: Tree | tuple[Tree, ...] | None = None,
 ) -> tuple[Float[Array, "W N"], Float[Array, "W N"]]:
     """Log-prob of the token that each own place of a bin predicts, and the entropy of its
     distribution, both float32; elsewhere they mean nothing and are finite.
@@ -178,7 +178,10 @@ def bin_logprobs(
 
 
 def _variables(
-    base: Tree, lora: Tree | None, plan: LoraPlan | None, joined: Tree | None = None
+    base: Tree,
+    lora: Tree | None,
+    plan: LoraPlan | None,
+    joined: Tree | tuple[Tree, ...] | None = None,
 ) -> Tree:
     """Flax's collections; without lora and plan the adapters are off: the base model."""
     variables: Tree = {"params": base}

@@ -74,7 +74,7 @@ class LoRADense(nn.Module):
             adapter = _scaled(a, b, mask, scale)
         return Projection(self.kernel, self.bias if self.use_bias else None, adapter)
 
-    def watch(self, x: Float[Array, "B T i"]) -> None:
+    def watch(self, x: Float[Array, "*rows i"]) -> None:
         """For EVA: sums over real tokens of the input and of its outer product."""
         if self.has_variable("rows", "mask"):
             rows = jnp.where(self.get_variable("rows", "mask")[..., None], x, 0).astype(jnp.float32)

@@ -33,7 +33,7 @@ from jaxgrpo.types import LoraPlan, Packing, Tree
 
 
 @jax.custom_vjp
-def swiglu(both: Float[Array, "... 2F"]) -> Float[Array, "... F"]:
+def swiglu(both: Float[Array, "... FF"]) -> Float[Array, "... F"]:
     """silu(gate) * up of [gate | up]; the gradient comes back side by side too, where autodiff
     would write its halves first and join them afterwards."""
     gate, up = jnp.split(both, 2, axis=-1)
@@ -70,7 +70,9 @@ class RMSNorm(nn.Module):
         return (x32.astype(self.dtype) * scale).astype(self.dtype)
 
 
-def join_adapters(base: Tree, lora: Tree, plan: LoraPlan, remat: str) -> Tree | None:
+def join_adapters(
+    base: Tree, lora: Tree, plan: LoraPlan, remat: str
+) -> Tree | tuple[Tree, ...] | None:
     """Each layer's matrices for `fused_product`: made once a step, where every micro-batch would
     write them anew in either direction. Stacked, or a tuple of one tree per layer where `remat`
     writes layers out; None where adapters are not fused."""
@@ -85,7 +87,7 @@ def join_adapters(base: Tree, lora: Tree, plan: LoraPlan, remat: str) -> Tree | 
     if not unroll_layers(remat):
         return stacked
     layers = len(next(iter(stacked.values())).a)
-    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers))  # type: ignore[return-value]
+    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers))
 
 
 def _name_of(modules: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ the decode form (`model.api.make_decode_weights`).
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.types import FINISH_LENGTH, FINISH_STOP_STRING, FINISH_STOP_TOKEN, Rollout, Tree
 
 
+@runtime_checkable
 class Generate(Protocol):
     """The jitted sampler; on a mesh its arguments and results are split along the batch."""
 
