@@ -300,13 +300,16 @@ def peak_memory_bytes() -> int | None:
 
 @contextmanager
 def stop_requested() -> Iterator[threading.Event]:
-    """Set by SIGINT or SIGTERM: the step in progress is finished and saved. A second one kills."""
+    """Set by SIGINT or SIGTERM: the step in progress is finished and saved. A second one kills.
+
+    SIGINT that was inherited as ignored, as a script's background job has it, stays ignored.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.getsignal(number) for number in signals}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = [number for number, known in previous.items() if known is not signal.SIG_IGN]
 
     def handle(number: int, _: Any) -> None:
         event.set()

@@ -123,7 +123,8 @@ def test_keys_differ_between_steps_purposes_and_seeds():
 
 GROUP, WIDTH, SLOTS = 2, 8, 6
 GRPO = GrpoConfig(prompts_per_step=8, group_size=GROUP, logprob_chunk_tokens=32)
-OPTIMIZER = make_optimizer(OptimConfig(learning_rate=1e-2), 10)
+LEARNING_RATE = 1e-2
+OPTIMIZER = make_optimizer(OptimConfig(learning_rate=LEARNING_RATE, eps=1e-3), 10)
 RANKS = {"q_proj": [1, 2, 3], "v_proj": [2, 2, 1], "down_proj": [4, 0, 2]}
 PLAN = RankPlan({module: np.array(r) for module, r in RANKS.items()}, 4, 8.0, "rslora", 4)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2)]
@@ -183,12 +184,20 @@ def one_device():
     ids=str,
 )
 def test_whole_iterations_on_a_mesh_equal_those_on_one_device(one_device, sizes):
-    """Tokens exactly; float32 numbers within 2e-5 absolute and 1e-3 relative of each other: a mesh
-    adds in another order, and Adam divides by the root of small squares."""
+    """Tokens exactly. A mesh adds float32 numbers in another order: log-probs within 2e-4; losses
+    and norms within 2e-5 and 1e-4 of the largest of their leaf; adapters within a hundredth of a
+    step of the optimizer, whose eps keeps it from dividing rounding by rounding."""
     found, _ = two_steps(make_mesh(MeshConfig(*sizes)))
     for one, many in zip(one_device, found, strict=True):
         np.testing.assert_array_equal(one[0], many[0])
-        chex.assert_trees_all_close(one[1:], many[1:], atol=2e-5, rtol=1e-3)
+        np.testing.assert_allclose(one[1], many[1], atol=2e-4, rtol=0)
+        jax.tree.map(close_to_its_size, one[2], many[2])
+        chex.assert_trees_all_close(one[3], many[3], atol=0.01 * LEARNING_RATE, rtol=0)
+
+
+def close_to_its_size(one, many):
+    size = np.abs(one).max()
+    np.testing.assert_allclose(one, many, atol=1e-4 * size + 2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

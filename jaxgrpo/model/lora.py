@@ -93,7 +93,7 @@ def project(
     *,
     fused: bool,
     joined: Joined | None = None,
-) -> list[Float[Array, "... o"]]:
+) -> list[Float[Array, "... _"]]:
     """Outputs of several projections of one input; `fused` as in `project_joined`."""
     if fused and any(p.adapter is not None for p in projections):
         widths = np.cumsum([p.kernel.shape[1] for p in projections])
@@ -136,7 +136,7 @@ def _row(bias: jax.Array, ndim: int) -> jax.Array:
 @jax.custom_vjp
 def fused_product(
     x: Float[Array, "T i"],
-    kernels: tuple[Float[Array, "i o"], ...],
+    kernels: tuple[Float[Array, "i _"], ...],
     adapters: tuple[Adapter | None, ...],
     joined: Joined,
 ) -> Float[Array, "T n"]:

@@ -27,7 +27,7 @@ from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import EMBEDDED_CONFIG, EXIT_ERROR, EXIT_USAGE, guarded, main
 from jaxgrpo.session import open_session
 from jaxgrpo.tasks.rewards import gsm8k_answer_reward
-from jaxgrpo.train import train_session
+from jaxgrpo.train import stop_requested, train_session
 
 SETTINGS = [
     "grpo.prompts_per_step=8",
@@ -311,8 +311,27 @@ def test_a_signal_before_there_is_anything_to_save(number, capsys):
         time.sleep(30)
         return 0
 
-    assert guarded(starting) == EXIT_INTERRUPTED
+    # As a terminal has it; a background job inherits SIGINT as ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert guarded(starting) == EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_an_interrupt_inherited_as_ignored_stays_so_and_sigterm_stops():
+    """A script's background job is not meant to end when something else is interrupted."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_requested() as event:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not event.is_set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert event.is_set()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def poisoned(lab, steps):
