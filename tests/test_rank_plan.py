@@ -200,3 +200,14 @@ def test_mistakes_in_scales_are_told(tmp_path, scales, message):
     with pytest.raises(ConfigError) as error:
         make_rank_plan(LoraConfig(plan=str(path)), 2)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_plan_command_keeps_scales(tmp_path, monkeypatch):
+    from jaxgrpo.run import main
+
+    monkeypatch.chdir(tmp_path)
+    scales = {"q_proj": [0.5] * 8}
+    (tmp_path / "plan.json").write_text(json.dumps({"ranks": [2] * 8, "scales": scales}))
+    assert main(["plan", "lora.plan=plan.json", "q_proj.3=4", "out=new.json"]) == 0
+    written = json.loads((tmp_path / "new.json").read_text())
+    assert written["scales"] == scales and written["ranks"]["q_proj"][3] == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +49,16 @@ def run(settings: PlanSettings, console: Console) -> int:
         ranks = draw(plan, model, settings.draw)
     for edit in settings.edits:
         apply_edit(edit, ranks)
+    scales = plan.scale_factors
     plan = make_rank_plan(settings.lora, model.num_layers, ranks)
+    plan = dataclasses.replace(plan, scale_factors=scales)
     print_plan(plan, model, console)
     if settings.out is None:
         return 0
     out = Path(settings.out)
     if out.suffix == ".json":
-        lists = {module: plan.ranks[module].tolist() for module in plan.modules}
-        atomic_write_json(out, {"ranks": lists})
+        written = plan.to_json()
+        atomic_write_json(out, {key: written[key] for key in ("ranks", "scales") if key in written})
     elif out.suffix in (".png", ".svg"):
         draw_picture(plan, out)
     else:

@@ -22,11 +22,12 @@ RTOL = 1e-4  # relative to the largest entry of each array
 LAYERS, PROMPT, WIDTH = 12, 5, 7  # more than ten layers: "layers.1" must not reach layer 11
 
 
-def _plan(scale_rule, layers=LAYERS):
+def _plan(scale_rule, layers=LAYERS, scaled=False):
     rng = np.random.default_rng(3)
     ranks = {module: rng.integers(0, 6, layers) for module in MODULES if module != "k_proj"}
     ranks["q_proj"][1], ranks["q_proj"][11] = 5, 2
-    return RankPlan(ranks, max_rank=7, alpha=12.0, scale_rule=scale_rule, reference_rank=4)
+    factors = {module: rng.uniform(0.3, 3, layers) for module in ranks} if scaled else None
+    return RankPlan(ranks, 7, 12.0, scale_rule, reference_rank=4, scale_factors=factors)
 
 
 def _torch_logprobs(model, tokens, temperature):
@@ -35,11 +36,14 @@ def _torch_logprobs(model, tokens, temperature):
     return torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0]
 
 
-@pytest.mark.parametrize("scale_rule", ["constant", "rslora", "alpha_over_r"])
-def test_logprobs_and_gradients_match_peft(tmp_path, scale_rule):
+@pytest.mark.parametrize(
+    ("scale_rule", "scaled"),
+    [("constant", False), ("rslora", False), ("alpha_over_r", False), ("constant", True)],
+)
+def test_logprobs_and_gradients_match_peft(tmp_path, scale_rule, scaled):
     make_hf_model(tmp_path / "base", tie=True, layers=LAYERS)
     config, base = load_model(tmp_path / "base", "float32")
-    plan = _plan(scale_rule)
+    plan = _plan(scale_rule, scaled=scaled)
     lora = init_lora(config, plan, jax.random.key(0))
     lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), lora)
     save_adapter(tmp_path / "adapter", lora, plan, str(tmp_path / "base"))
