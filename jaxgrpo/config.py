@@ -168,8 +168,6 @@ class RolloutConfig:
     """Ends a completion, besides the ends that tokenizer, chat template and model declare."""
     stop_strings: tuple[str, ...] = ()
     """Ends a completion, whose text ends with the string (docs/own_tasks.md)."""
-    merge_lora: bool = True
-    """Fold the adapters into the sampler's copy of the weights, or apply them at every step."""
 
     def __post_init__(self) -> None:
         _require(self.max_completion_tokens >= 1, "rollout.max_completion_tokens must be >= 1")

@@ -173,7 +173,6 @@ def sample_rollout(
         session.base,
         lora,
         session.device_plan,
-        config.rollout.merge_lora,
     )
     tokens, mask = shard_rows(session.mesh, (prompts.tokens, prompts.mask))
     key = fold_key(config.seed, step, Purpose.ROLLOUT)

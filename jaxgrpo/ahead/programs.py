@@ -184,7 +184,6 @@ class Lowered:
             self.arguments.base,
             self.arguments.state.lora,
             self.arguments.plan,
-            self._config.rollout.merge_lora,
         )
         compiled = lowered.compile(self._options)
         self.sampler = jax.tree.map(

@@ -233,8 +233,7 @@ class Bench:
         return pack_batch(self.mesh, self.config.grpo, self.prompts, to_host(rollout), advantages)
 
     def _decode_weights(self, lora: Tree) -> Tree:
-        merge = self.config.rollout.merge_lora
-        return make_decode_weights(self.model, self.base, lora, self.plan, merge)
+        return make_decode_weights(self.model, self.base, lora, self.plan)
 
     def _parts_of_sampling(self) -> dict[str, float]:
         """Merging and prefill by themselves; the rest of a rollout is decoding."""

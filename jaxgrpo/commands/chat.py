@@ -77,14 +77,12 @@ class Chat:
         )
         with jax.set_mesh(self._model.mesh):
             self._generate = make_generate(model_config, rollout, self._model.stop, 1)
-            self._policies = {
-                "base model": make_decode_weights(model_config, base, None, None, True)
-            }
+            self._policies = {"base model": make_decode_weights(model_config, base, None, None)}
             if lora is not None:
                 lora, plan = (
                     replicate(self._model.mesh, tree) for tree in (lora, device_plan(plan))
                 )
-                self._policies[name] = make_decode_weights(model_config, base, lora, plan, True)
+                self._policies[name] = make_decode_weights(model_config, base, lora, plan)
 
     def say(self, prompt: str, console: Console) -> None:
         """Prints every policy's completion."""

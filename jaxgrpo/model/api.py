@@ -10,7 +10,6 @@ stacked weights inside the decode loop would copy every one of them at every tok
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +21,12 @@ from jaxgrpo.mesh import batch_parts, on_one_device, rollout_bytes, to_rollout_l
 from jaxgrpo.model.attention import rotary_tables
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.kv_cache import LayerCache, cache_slots, init_completion_cache
-from jaxgrpo.model.lora import delta_kernel, device_plan, init_lora, plan_collection
+from jaxgrpo.model.lora import device_plan, init_lora, plan_collection
+from jaxgrpo.model.norm_product import rms_norm
 from jaxgrpo.model.presets import PRESETS, Qwen2Config
-from jaxgrpo.model.qwen2 import (
-    Block,
-    Qwen2,
-    RMSNorm,
-    join_adapters,
-)
+from jaxgrpo.model.qwen2 import Qwen2, join_adapters
 from jaxgrpo.model.remat import remat_of_batch
-from jaxgrpo.model.sampler_layout import join_kernels
+from jaxgrpo.model.sampler import Linear, decode_layer, prefill_layer, sampler_layer
 from jaxgrpo.types import LoraPlan, Packing, Tree
 
 __all__ = [
@@ -192,33 +187,23 @@ def _variables(
     return variables
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=0)
 def make_decode_weights(
-    config: Qwen2Config, base: Tree, lora: Tree | None, plan: LoraPlan | None, merge: bool
+    config: Qwen2Config, base: Tree, lora: Tree | None, plan: LoraPlan | None
 ) -> Tree:
-    """The sampler's copy of the weights: layers unstacked, adapters folded in or carried along."""
-    stacked = {"params": dict(base["layers"])}
-    carried = lora is not None and not merge
-    if lora is not None and plan is not None:
-        if merge:
-            for module in lora:
-                kernel = base["layers"][module]["kernel"]
-                delta = delta_kernel(lora, plan, module)
-                merged = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
-                stacked["params"][module] = {**base["layers"][module], "kernel": merged}
-        else:
-            stacked |= {"lora": lora, "plan": plan_collection(plan)}
-    joined = on_one_device() and not carried
-    if joined:
-        # Or merging is done again in every cut, and not at memory's speed.
-        stacked = jax.lax.optimization_barrier(stacked)
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_layers))
-    if joined:
-        layers = tuple({"params": join_kernels(layer["params"])} for layer in layers)
+    """The sampler's copy of the weights: layers unstacked, the adapters carried along; without
+    lora and plan the base model."""
+    adapters: Tree = {} if lora is None else lora
+    ranks: Tree = {} if plan is None else plan_collection(plan)
+    stacked = (base["layers"], adapters, ranks)
+    layers = tuple(
+        sampler_layer(config, *jax.tree.map(lambda x, i=i: x[i], stacked))
+        for i in range(config.num_layers)
+    )
     weights = {**base, "layers": layers}
     if on_one_device():
         return weights
-    axes = _decode_axes(config, tuple(lora or ()) if carried else ())
+    axes = _decode_axes(config, tuple(adapters))
     # The axes stand in for leaves on the left, which is why they come first.
     return jax.tree.map(lambda names, x: to_rollout_layout(x, names), axes, weights, is_leaf=_axes)
 
@@ -236,21 +221,22 @@ def resharded_bytes(config: Qwen2Config, mesh: Mesh) -> int:
     return sum(jax.tree.leaves(moved))
 
 
-def _decode_axes(config: Qwen2Config, carried: tuple[str, ...]) -> Tree:
-    """Logical axes of the sampler's weights with their layers unstacked."""
-    axes = base_logical_axes(config)
-    layer: Tree = {"params": axes["layers"]}
-    if carried:
-        layer |= {
-            "lora": lora_logical_axes(carried),
-            "plan": {m: {"mask": ("layers", "rank"), "scale": ("layers",)} for m in carried},
-        }
-    one = jax.tree.map(lambda names: names[1:], layer, is_leaf=_axes)
-    return {**axes, "layers": (one,) * config.num_layers}
+def _decode_axes(config: Qwen2Config, adapted: tuple[str, ...]) -> Tree:
+    """Logical axes of the sampler's weights on a mesh."""
+    axes, lora = base_logical_axes(config), lora_logical_axes(adapted)
+    layer: Tree = {}
+    for name, leaves in axes["layers"].items():
+        one = {leaf: names[1:] for leaf, names in leaves.items()}
+        if "kernel" not in one:
+            layer[name] = one["scale"]
+            continue
+        a, b = (lora[name][side][1:] if name in lora else None for side in ("a", "b"))
+        layer[name] = Linear(one["kernel"], one.get("bias"), a, b)
+    return {**axes, "layers": (layer,) * config.num_layers}
 
 
 def _axes(x: object) -> bool:
-    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
+    return type(x) is tuple and all(isinstance(name, str) for name in x)
 
 
 def prefill(
@@ -265,7 +251,7 @@ def prefill(
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     caches = []
     for layer in weights["layers"]:
-        x, cache = _layer(config, "with_cache", layer, x, rope, mask)
+        x, cache = _prefill_layer(config, layer, x, rope, mask)
         caches.append(cache)
     return _final_norm(config, weights, x[:, -1]), tuple(caches)
 
@@ -294,22 +280,18 @@ def decode_step(
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     new_cache = []
     for layer, prompt, completion in zip(weights["layers"], prompt_cache, cache, strict=True):
-        x, completion = _layer(
-            config, "decode", layer, x, rope, prompt, prompt_mask, prompt_of, completion, t
+        x, completion = _decode_layer(
+            config, layer, x, rope, prompt, prompt_mask, prompt_of, completion, t
         )
         new_cache.append(completion)
     return _final_norm(config, weights, x), tuple(new_cache)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _layer(config: Qwen2Config, method: str, layer: Tree, *args: Any) -> Any:
-    """A method of one layer. Under jit of its own, so that all layers are traced and lowered once:
-    written out, 28 of them would take longer than compiling them."""
-    params = layer["params"]
-    tiled = "tiles" in params.get("gate_up", {})
-    return Block(config, "qkv" in params, tiled).apply(layer, *args, method=method)
+# Under jit of their own, so that all layers are traced and lowered once: written out, 28 of them
+# would take longer than compiling them.
+_prefill_layer = jax.jit(prefill_layer, static_argnums=0)
+_decode_layer = jax.jit(decode_layer, static_argnums=0)
 
 
 def _final_norm(config: Qwen2Config, weights: Tree, x: jax.Array) -> jax.Array:
-    norm = RMSNorm(config.rms_norm_eps, config.compute_dtype)
-    return norm.apply({"params": weights["norm"]}, x)  # type: ignore[return-value]
+    return rms_norm(x, weights["norm"]["scale"], config.rms_norm_eps)

@@ -31,8 +31,11 @@ ROWS = 256
 _WIDTHS = range(32, 73, 8)
 """What `half` may be: more columns do not fit with four stages into shared memory."""
 
-_STEP, _STAGES, _STORED = 64, 4, 64
-"""Columns of x a stage holds; stages; rows that a warpgroup writes at a time."""
+STEP = 64
+"""Columns of x that a stage holds; x and the tiles have a multiple of it."""
+
+_STAGES, _STORED = 4, 64
+"""Stages; rows that a warpgroup writes at a time."""
 
 
 def use_tiles(dtype: jnp.dtype) -> bool:
@@ -71,7 +74,7 @@ def gated_product(
     x: Float[Array, "... D"], tiles: Float[Array, "n 2 half D"]
 ) -> Float[Array, "... F"]:
     """silu(x @ gate) * (x @ up), zeros where the last tile is padded."""
-    if x.ndim == 2 and x.shape[0] == ROWS and x.shape[1] % _STEP == 0:
+    if x.ndim == 2 and x.shape[0] == ROWS and x.shape[1] % STEP == 0:
         return _by_kernel(x, tiles)
     both = jnp.einsum("...d,nshd->...nsh", x, tiles)
     gated = jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
@@ -81,7 +84,7 @@ def gated_product(
 def _by_kernel(x: jax.Array, tiles: jax.Array) -> jax.Array:
     count, _, half, features = tiles.shape
     return plgpu.kernel(
-        functools.partial(_kernel, half=half, steps=features // _STEP),
+        functools.partial(_kernel, half=half, steps=features // STEP),
         out_type=jax.ShapeDtypeStruct((len(x), count * half), x.dtype),
         scratch_types=(plgpu.SMEM((2, _STORED, half), x.dtype),),
         grid=(count,),
@@ -100,7 +103,7 @@ def _kernel(
     tile, warpgroup = jax.lax.axis_index("tile"), jax.lax.axis_index("warpgroup")
     rows = ROWS // 2
     mine = pl.ds(warpgroup * rows, rows)
-    swizzled = (plgpu.TilingTransform((8, _STEP)), plgpu.SwizzleTransform(128))
+    swizzled = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128))
 
     def compute(multiply: Any) -> None:
         @functools.partial(pl.run_scoped, acc_ref=plgpu.ACC((rows, 2 * half), jnp.float32))  # type: ignore[attr-defined]
@@ -130,7 +133,7 @@ def _kernel(
         memory_registers=40,
         in_specs=[
             plgpu.BlockSpec(
-                (size, _STEP), lambda i: (0, i), transforms=swizzled, memory_space=plgpu.SMEM
+                (size, STEP), lambda i: (0, i), transforms=swizzled, memory_space=plgpu.SMEM
             )
             for size in (ROWS, 2 * half)
         ],

@@ -71,7 +71,7 @@ class LoRADense(nn.Module):
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             mask, scale = self.get_variable("plan", "mask"), self.get_variable("plan", "scale")
-            adapter = _scaled(a, b, mask, scale)
+            adapter = scaled(a, b, mask, scale)
         return Projection(self.kernel, self.bias if self.use_bias else None, adapter)
 
     def watch(self, x: Float[Array, "*rows i"]) -> None:
@@ -82,7 +82,8 @@ class LoRADense(nn.Module):
             self.sow("moments", "outer", jnp.einsum("bti,btj->ij", rows, rows))
 
 
-def _scaled(a: jax.Array, b: jax.Array, mask: jax.Array, scale: jax.Array) -> Adapter:
+def scaled(a: jax.Array, b: jax.Array, mask: jax.Array, scale: jax.Array) -> Adapter:
+    """One layer's adapter under its plan."""
     # Mask and scale go on the small factors: the activations are the larger arrays.
     return a * mask[None, :], b * scale
 
@@ -154,7 +155,7 @@ def fused_product(
 def join(kernels: tuple[jax.Array, ...], adapters: tuple[Adapter | None, ...]) -> Joined:
     """What `fused_product` multiplies by."""
     kernel = _join(kernels)
-    a, b = _join_adapters(kernels, adapters, kernel.dtype)
+    a, b = side_by_side(kernels, adapters, kernel.dtype)
     wide_input = kernel.shape[0] > kernel.shape[1]
     matrix = jnp.concatenate([kernel, a if wide_input else b], axis=1 if wide_input else 0)
     return Joined(matrix, a, b)
@@ -164,7 +165,7 @@ def join_layers(layers: Tree, lora: Tree, plan: LoraPlan, modules: tuple[str, ..
     """`join` of every layer's `modules`, stacked."""
 
     def one(kernels: tuple, adapters: tuple) -> Joined:
-        return join(kernels, tuple(a if a is None else _scaled(*a) for a in adapters))
+        return join(kernels, tuple(a if a is None else scaled(*a) for a in adapters))
 
     kernels = tuple(layers[module]["kernel"] for module in modules)
     adapters = tuple(
@@ -230,8 +231,8 @@ def _join(kernels: tuple[jax.Array, ...]) -> jax.Array:
     return kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
 
 
-def _join_adapters(
-    kernels: tuple[jax.Array, ...], adapters: tuple[Adapter | None, ...], dtype: jnp.dtype
+def side_by_side(
+    kernels: Sequence[jax.Array], adapters: Sequence[Adapter | None], dtype: jnp.dtype
 ) -> Adapter:
     """All a's side by side, all b's on the diagonal of one matrix."""
     width = sum(w.shape[1] for w in kernels)

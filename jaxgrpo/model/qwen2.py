@@ -1,4 +1,4 @@
-"""Qwen2 in Flax Linen: the layers scanned for training, one by one for decoding.
+"""Qwen2 in Flax Linen, its layers scanned: what training runs.
 
 Follows transformers' Qwen2 (RMSNorm, rotary embedding, grouped-query attention with QKV bias,
 SwiGLU). Norms, rotary tables, softmax and logits are float32; the rest in the config's dtype.
@@ -9,16 +9,12 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.mesh import constrain
 from jaxgrpo.model.attention import Rope, apply_rotary, causal_attention, rotary_tables
 from jaxgrpo.model.bins import bins_from_rows, row_lengths, rows_from_bins
-from jaxgrpo.model.decode_attention import decode_attention
-from jaxgrpo.model.gated_product import padded_width
-from jaxgrpo.model.kv_cache import LayerCache, plain_attention, use_kernel, write_slot
 from jaxgrpo.model.lora import (
     Joined,
     LoRADense,
@@ -26,9 +22,9 @@ from jaxgrpo.model.lora import (
     project,
     project_joined,
 )
+from jaxgrpo.model.norm_product import rms_norm
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.model.remat import checkpoint_policy, fuse_adapters, unroll_layers
-from jaxgrpo.model.sampler_layout import JOINED, GateTiles, split_product
 from jaxgrpo.types import LoraPlan, Packing, Tree
 
 
@@ -64,10 +60,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.dtype)
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.epsilon)
-        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
-        return (x32.astype(self.dtype) * scale).astype(self.dtype)
+        return rms_norm(x, scale, self.epsilon)
 
 
 def join_adapters(
@@ -78,7 +71,7 @@ def join_adapters(
     writes layers out; None where adapters are not fused."""
     if not fuse_adapters():
         return None
-    groups = (*JOINED.values(), ("o_proj",), ("down_proj",))
+    groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
     stacked = {
         _name_of(modules): join_layers(base["layers"], lora, plan, modules)
         for modules in groups
@@ -95,56 +88,25 @@ def _name_of(modules: tuple[str, ...]) -> str:
 
 
 class Block(nn.Module):
-    """One layer. Its three methods differ only in where keys and values come from.
-
-    Attributes:
-        joined: the weights are the sampler's (`join_kernels`): one matrix for q, k and v, one for
-            gate and up.
-        tiled: gate and up are laid out for their kernel (`gated_product`).
-    """
+    """One layer as training runs it; `sampler.py` has the sampler's."""
 
     config: Qwen2Config
-    joined: bool = False
-    tiled: bool = False
 
     def setup(self) -> None:
         config, dtype = self.config, self.config.compute_dtype
         self.input_layernorm = RMSNorm(config.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(config.rms_norm_eps, dtype)
-        shapes = self._shapes()
-        if self.tiled:
-            in_features, features = shapes.pop("gate_up")
-            self.gate_up = GateTiles(in_features, features // 2, dtype)
-            shapes["down_proj"] = (padded_width(features // 2), in_features)
-        for module, (in_features, features) in shapes.items():
-            use_bias = module in ("qkv", "q_proj", "k_proj", "v_proj")
+        for module, (in_features, features) in config.module_shapes.items():
+            use_bias = module in ("q_proj", "k_proj", "v_proj")
             setattr(self, module, LoRADense(in_features, features, use_bias, dtype))
-
-    def _shapes(self) -> dict[str, tuple[int, int]]:
-        shapes = dict(self.config.module_shapes)
-        if self.joined:
-            for name, parts in JOINED.items():
-                in_features = shapes[parts[0]][0]
-                shapes[name] = (in_features, sum(shapes.pop(part)[1] for part in parts))
-        return shapes
 
     def _project(self, x: jax.Array, *modules: str) -> list[jax.Array]:
         """Outputs of projections that share the input."""
-        if self.joined and len(modules) > 1:
-            widths = np.cumsum([self.config.module_shapes[module][1] for module in modules])
-            return jnp.split(self._project_joined(x, *modules), widths[:-1], axis=-1)
         dense = [getattr(self, module) for module in modules]
         for module in dense:
             module.watch(x)
         weights = [module.weights() for module in dense]
         return project(x, weights, fused=fuse_adapters(), joined=self._matrix_of(modules))
-
-    def _project_joined(self, x: jax.Array, *modules: str) -> jax.Array:
-        """The same side by side."""
-        if self.joined:
-            modules = tuple(name for name, parts in JOINED.items() if parts == modules)
-        weights = [getattr(self, module).weights() for module in modules]
-        return project_joined(x, weights, self._matrix_of(modules))
 
     def _matrix_of(self, modules: tuple[str, ...]) -> Joined | None:
         """`join_adapters`' matrix, if it was made."""
@@ -161,20 +123,17 @@ class Block(nn.Module):
         (update,) = self._project(attended.reshape(*x.shape[:-1], -1), "o_proj")
         x = checkpoint_name(x + update, "residual")
         h = checkpoint_name(self.post_attention_layernorm(x), "normed")
-        gated = checkpoint_name(self._gated(h), "gated")
-        if x.ndim == 2 and self.joined and use_kernel(x.dtype):
-            return x + split_product(gated, self.down_proj.weights().kernel)
-        (update,) = self._project(gated, "down_proj")
+        (update,) = self._project(checkpoint_name(self._gated(h), "gated"), "down_proj")
         return x + update
 
     def _gated(self, h: jax.Array) -> jax.Array:
         """silu(gate) * up."""
-        if self.tiled:
-            return self.gate_up(h)
-        if self.joined or fuse_adapters():
-            both = self._project_joined(h, "gate_proj", "up_proj")
+        modules = ("gate_proj", "up_proj")
+        if fuse_adapters():
+            weights = [getattr(self, module).weights() for module in modules]
+            both = project_joined(h, weights, self._matrix_of(modules))
             return swiglu(checkpoint_name(both, "gate_up"))
-        gate, up = self._project(h, "gate_proj", "up_proj")
+        gate, up = self._project(h, *modules)
         return nn.silu(checkpoint_name(gate, "gate_up")) * checkpoint_name(up, "gate_up")
 
     def __call__(
@@ -185,55 +144,17 @@ class Block(nn.Module):
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], None]:
         """Whole rows, or with a packing bins of tokens; the shape that nn.scan wants."""
-        if packing is None:
-            x, _ = self.with_cache(x, rope, mask)
-            return x, None
-        q, k, v = (rows_from_bins(y, packing) for y in self._qkv(x, rope))
+        q, k, v = self._qkv(x, rope)
+        if packing is not None:
+            q, k, v = (rows_from_bins(y, packing) for y in (q, k, v))
         q = constrain(q, "act_batch", "act_length", "act_heads", "head_dim")
-        attended = causal_attention(q, k, v, None, row_lengths(packing))
-        attended = bins_from_rows(attended, packing)
+        if packing is None:
+            attended = causal_attention(q, k, v, mask)
+        else:
+            attended = causal_attention(q, k, v, None, row_lengths(packing))
+            attended = bins_from_rows(attended, packing)
         x = self._finish(x, checkpoint_name(attended, "attended"))
         return constrain(x, "act_batch", "act_length", "act_embed"), None
-
-    def with_cache(
-        self, x: Float[Array, "B T D"], rope: Rope, mask: Bool[Array, "B T"] | None
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Whole rows, and their keys and values for decoding."""
-        q, k, v = self._qkv(x, rope)
-        q = constrain(q, "act_batch", "act_length", "act_heads", "head_dim")
-        attended = checkpoint_name(causal_attention(q, k, v, mask), "attended")
-        x = self._finish(x, attended)
-        x = constrain(x, "act_batch", "act_length", "act_embed")
-        return x, {"k": k.transpose(0, 2, 1, 3), "v": v.transpose(0, 2, 1, 3)}
-
-    def decode(
-        self,
-        x: Float[Array, "B D"],
-        rope: Rope,
-        prompt: LayerCache,
-        prompt_mask: Bool[Array, "P S"],
-        prompt_of: Int[Array, " B"] | None,
-        completion: LayerCache,
-        slot: Int[Array, ""],
-    ) -> tuple[Float[Array, "B D"], LayerCache]:
-        """One token per row: a kernel on one GPU, plain XLA everywhere else."""
-        if not use_kernel(x.dtype):
-            if prompt_of is not None:
-                prompt = jax.tree.map(lambda cache: cache[prompt_of], prompt)
-                prompt_mask = prompt_mask[prompt_of]
-            q, k, v = self._qkv(x, rope)
-            completion = write_slot(completion, k, v, slot)
-            attended = plain_attention(q, prompt, prompt_mask, completion, slot)
-        else:
-            qkv = self._project_joined(self.input_layernorm(x), "q_proj", "k_proj", "v_proj")
-            heads = qkv.reshape(len(x), -1, self.config.head_dim)
-            start = prompt_mask.shape[1] - jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
-            if prompt_of is None:
-                prompt_of = jnp.arange(len(x)) // (len(x) // len(start))
-            attended, completion = decode_attention(
-                heads, rope, prompt, start, prompt_of, completion, slot
-            )
-        return constrain(self._finish(x, attended), "act_batch", "act_embed"), completion
 
 
 class Qwen2(nn.Module):

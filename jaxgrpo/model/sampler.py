@@ -1,0 +1,269 @@
+"""A layer as the sampler runs it: plain functions over weights laid out for decoding.
+
+Adapters are carried along in the trainer's arithmetic, x W + (x a) b in the model's dtype, never
+added to the weights: in bfloat16 a sum W + s a b rounds small updates away, by a share that depends
+on s, rank and |b|, which are what rank plans and scale rules vary. On one device projections of one
+input are one matrix, with the adapters inside it: each token step has few rows, and every further
+product costs its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxgrpo.mesh import constrain, on_one_device
+from jaxgrpo.model.attention import Rope, apply_rotary, causal_attention
+from jaxgrpo.model.decode_attention import decode_attention
+from jaxgrpo.model.gated_product import (
+    STEP,
+    gated_product,
+    make_tiles,
+    padded_width,
+    use_tiles,
+)
+from jaxgrpo.model.kv_cache import LayerCache, plain_attention, use_kernel, write_slot
+from jaxgrpo.model.lora import Adapter, scaled, side_by_side
+from jaxgrpo.model.norm_product import INNER, norm_product, rms_norm
+from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.types import Tree
+
+TOGETHER = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
+"""Projections of one input, and the name of their common matrix in the sampler's weights."""
+
+
+class Linear(NamedTuple):
+    """One projection, or several of one input, and their adapters.
+
+    Where an adapter is follows from what is there. a alone: b lies under the kernel, [W; b], and
+    x @ a joins the input. b alone: a lies beside the kernel, [W | a], and its output goes through
+    b. Both: they are applied apart. Neither: there is no adapter.
+
+    Attributes:
+        kernel: [i, o] with what lies under or beside it, or tiles [n, 2, half, i] for
+            `gated_product`.
+    """
+
+    kernel: jax.Array
+    bias: Float[Array, " o"] | None = None
+    a: Float[Array, "i r"] | None = None
+    b: Float[Array, "r o"] | None = None
+
+
+def sampler_layer(config: Qwen2Config, layer: Tree, lora: Tree, plan: Tree) -> Tree:
+    """One layer's weights, kernels [i, o] and adapters a [i, R], b [R, o], as the sampler wants
+    them; module -> Linear, and the norms' scales."""
+    adapters = {
+        module: scaled(ab["a"], ab["b"], plan[module]["mask"], plan[module]["scale"])
+        for module, ab in lora.items()
+    }
+    norms = {name: layer[name]["scale"] for name in ("input_layernorm", "post_attention_layernorm")}
+    if not on_one_device():
+        # Kernels are split along what would join them.
+        return norms | {m: _apart(layer[m], adapters.get(m)) for m in config.module_shapes}
+    dtype = config.compute_dtype
+    kernel = use_kernel(dtype)
+    down, tiled = layer["down_proj"]["kernel"], use_tiles(dtype)
+    missing = 0
+    if tiled:
+        features = config.intermediate_size
+        missing = padded_width(features) - features
+        down = jnp.pad(down, ((0, missing), (0, 0)))
+    return norms | {
+        "qkv": _under(layer, adapters, TOGETHER["qkv"], INNER if kernel else 1),
+        "gate_up": _tiles(layer, adapters)
+        if tiled
+        else _under(layer, adapters, TOGETHER["gate_up"], INNER if kernel else 1),
+        "o_proj": _beside(layer["o_proj"]["kernel"], adapters.get("o_proj")),
+        "down_proj": _beside(down, adapters.get("down_proj"), missing),
+    }
+
+
+def _apart(dense: Tree, adapter: Adapter | None) -> Linear:
+    dtype = dense["kernel"].dtype
+    a, b = (None, None) if adapter is None else (matrix.astype(dtype) for matrix in adapter)
+    return Linear(dense["kernel"], dense.get("bias"), a, b)
+
+
+def _together(
+    layer: Tree, adapters: dict[str, Adapter], modules: tuple[str, ...], multiple: int
+) -> tuple[list[jax.Array], Adapter | None]:
+    """The modules' kernels, each with its columns of the common b under it, and the common a;
+    inner widths are filled up to a multiple."""
+    kernels = [layer[module]["kernel"] for module in modules]
+    if not any(module in adapters for module in modules):
+        return kernels, None
+    a, b = side_by_side(kernels, [adapters.get(m) for m in modules], kernels[0].dtype)
+    missing = -a.shape[1] % multiple
+    a, b = jnp.pad(a, ((0, 0), (0, missing))), jnp.pad(b, ((0, missing), (0, 0)))
+    return kernels, (a, b)
+
+
+def _under(
+    layer: Tree, adapters: dict[str, Adapter], modules: tuple[str, ...], multiple: int
+) -> Linear:
+    """[W; b] for `modules`, and a."""
+    kernels, adapter = _together(layer, adapters, modules, multiple)
+    bias = None
+    if "bias" in layer[modules[0]]:
+        bias = jnp.concatenate([layer[module]["bias"] for module in modules])
+    kernel = jnp.concatenate(kernels, axis=1)
+    if adapter is None:
+        return Linear(kernel, bias)
+    return Linear(jnp.concatenate([kernel, adapter[1]], axis=0), bias, a=adapter[0])
+
+
+def _tiles(layer: Tree, adapters: dict[str, Adapter]) -> Linear:
+    """Gate and up in `gated_product`'s layout, b under them as in `_under`."""
+    modules = TOGETHER["gate_up"]
+    kernels, adapter = _together(layer, adapters, modules, STEP)
+    if adapter is None:
+        return Linear(make_tiles(*kernels))
+    a, b = adapter
+    width = kernels[0].shape[1]
+    gate, up = (
+        jnp.concatenate([kernel, part], axis=0)
+        for kernel, part in zip(kernels, (b[:, :width], b[:, width:]), strict=True)
+    )
+    return Linear(make_tiles(gate, up), a=a)
+
+
+def _beside(kernel: jax.Array, adapter: Adapter | None, missing: int = 0) -> Linear:
+    """[W | a], with so many rows of zeros under a, and b."""
+    if adapter is None:
+        return Linear(kernel)
+    a, b = (matrix.astype(kernel.dtype) for matrix in adapter)
+    a = jnp.pad(a, ((0, missing), (0, 0)))
+    return Linear(jnp.concatenate([kernel, a], axis=1), b=b)
+
+
+def linear(x: Float[Array, "... i"], weights: Linear) -> Float[Array, "... o"]:
+    """x W + (x a) b + bias."""
+    kernel, bias, a, b = weights
+    if a is not None and b is not None:
+        y = x @ kernel + (x @ a) @ b
+    elif a is not None:
+        y = jnp.concatenate([x, x @ a], axis=-1) @ kernel
+    elif b is not None:
+        y, inner = jnp.split(x @ kernel, [b.shape[1]], axis=-1)
+        # Left to what comes next: put into the product, the other summand had to be copied first.
+        y = y + jax.lax.optimization_barrier(inner @ b)
+    else:
+        y = x @ kernel
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _of_normed(
+    config: Qwen2Config, x: jax.Array, scale: jax.Array, weights: list[Linear]
+) -> list[jax.Array]:
+    """`linear` of the norm of x for each of `weights`; tiles give silu(gate) * up."""
+    first = weights[0]
+    if len(weights) > 1 or first.a is None or first.b is not None:
+        h = rms_norm(x, scale, config.rms_norm_eps)
+        return [gated_product(h, w.kernel) if w.kernel.ndim == 4 else linear(h, w) for w in weights]
+    both = norm_product(x, scale, first.a, config.rms_norm_eps, kernel=use_kernel(x.dtype))
+    if first.kernel.ndim == 4:
+        return [gated_product(both, first.kernel)]
+    return [linear(both, Linear(first.kernel, first.bias))]
+
+
+def _qkv(config: Qwen2Config, layer: Tree, x: jax.Array) -> Float[Array, "... heads H"]:
+    """Queries, keys and values of all heads, not yet rotated."""
+    parts = ["qkv"] if "qkv" in layer else list(TOGETHER["qkv"])
+    found = _of_normed(config, x, layer["input_layernorm"], [layer[part] for part in parts])
+    heads = [y.reshape(*x.shape[:-1], -1, config.head_dim) for y in found]
+    return heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=-2)
+
+
+def _rotated(
+    config: Qwen2Config, qkv: jax.Array, rope: Rope
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v = jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=-2)
+    return apply_rotary(q, rope), apply_rotary(k, rope), v
+
+
+def _gated(config: Qwen2Config, layer: Tree, x: jax.Array) -> jax.Array:
+    """silu(gate) * up."""
+    scale = layer["post_attention_layernorm"]
+    if "gate_up" not in layer:
+        gate, up = _of_normed(config, x, scale, [layer[m] for m in TOGETHER["gate_up"]])
+        return jax.nn.silu(gate) * up
+    (both,) = _of_normed(config, x, scale, [layer["gate_up"]])
+    if layer["gate_up"].kernel.ndim == 4:
+        return both
+    gate, up = jnp.split(both, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def prefill_layer(
+    config: Qwen2Config,
+    layer: Tree,
+    x: Float[Array, "P S D"],
+    rope: Rope,
+    mask: Bool[Array, "P S"],
+) -> tuple[Float[Array, "P S D"], LayerCache]:
+    """Whole prompts, and their keys and values for decoding."""
+    q, k, v = _rotated(config, _qkv(config, layer, x), rope)
+    q = constrain(q, "act_batch", "act_length", "act_heads", "head_dim")
+    attended = causal_attention(q, k, v, mask)
+    x = x + linear(attended.reshape(*x.shape[:-1], -1), layer["o_proj"])
+    x = x + linear(_gated(config, layer, x), layer["down_proj"])
+    x = constrain(x, "act_batch", "act_length", "act_embed")
+    return x, {"k": k.transpose(0, 2, 1, 3), "v": v.transpose(0, 2, 1, 3)}
+
+
+def decode_layer(
+    config: Qwen2Config,
+    layer: Tree,
+    x: Float[Array, "B D"],
+    rope: Rope,
+    prompt: LayerCache,
+    prompt_mask: Bool[Array, "P S"],
+    prompt_of: Int[Array, " B"] | None,
+    completion: LayerCache,
+    slot: Int[Array, ""],
+) -> tuple[Float[Array, "B D"], LayerCache]:
+    """One token per row: kernels on one GPU, plain XLA everywhere else."""
+    qkv = _qkv(config, layer, x)
+    down: Callable[[jax.Array, Linear], jax.Array] = linear
+    if use_kernel(x.dtype):
+        down = split_product
+        start = prompt_mask.shape[1] - jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+        if prompt_of is None:
+            prompt_of = jnp.arange(len(x)) // (len(x) // len(start))
+        attended, completion = decode_attention(
+            qkv, rope, prompt, start, prompt_of, completion, slot
+        )
+    else:
+        if prompt_of is not None:
+            prompt = jax.tree.map(lambda cache: cache[prompt_of], prompt)
+            prompt_mask = prompt_mask[prompt_of]
+        q, k, v = _rotated(config, qkv, rope)
+        completion = write_slot(completion, k, v, slot)
+        attended = plain_attention(q, prompt, prompt_mask, completion, slot)
+    x = x + linear(attended.reshape(len(x), -1), layer["o_proj"])
+    x = x + down(_gated(config, layer, x), layer["down_proj"])
+    return constrain(x, "act_batch", "act_embed"), completion
+
+
+def split_product(x: Float[Array, "B i"], weights: Linear) -> Float[Array, "B o"]:
+    """`linear` with the inner axis in a few parts that the card computes side by side, where rows
+    and columns alone are too few to keep it busy; XLA adds them up with what comes next."""
+    kernel, b = weights.kernel, weights.b
+    inner, width = kernel.shape
+    parts = next(parts for parts in (5, 4, 6, 3, 2, 1) if inner % (8 * parts) == 0)
+    products = jnp.einsum(
+        "bpi,pio->pbo",
+        x.reshape(len(x), parts, inner // parts),
+        kernel.reshape(parts, inner // parts, width),
+        preferred_element_type=jnp.float32,
+    )
+    if b is None:
+        return jnp.sum(products, axis=0).astype(x.dtype)
+    update = jnp.sum(products[..., b.shape[1] :], axis=0).astype(x.dtype) @ b
+    y = jnp.sum(products[..., : b.shape[1]], axis=0).astype(x.dtype)
+    return y + jax.lax.optimization_barrier(update)
