@@ -230,7 +230,7 @@ class Bench:
     def make_batch(self, rollout: Rollout) -> TrainBatch:
         """The rows on the device, packed as training packs them, with random advantages."""
         advantages = self.rng.normal(size=len(self.lengths)).astype(np.float32)
-        return pack_batch(self.mesh, self.config.grpo, self.prompts, to_host(rollout), advantages)
+        return pack_batch(self.mesh, self.config.grpo, self.prompts, rollout, advantages)
 
     def _decode_weights(self, lora: Tree) -> Tree:
         return make_decode_weights(self.model, self.base, lora, self.plan)
