@@ -22,10 +22,10 @@ from jaxgrpo.model.attention import rotary_tables
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.kv_cache import LayerCache, cache_slots, init_completion_cache
 from jaxgrpo.model.lora import device_plan, init_lora, plan_collection
-from jaxgrpo.model.norm_product import rms_norm
 from jaxgrpo.model.presets import PRESETS, Qwen2Config
 from jaxgrpo.model.qwen2 import Qwen2, join_adapters
 from jaxgrpo.model.remat import remat_of_batch
+from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.model.sampler import Linear, decode_layer, prefill_layer, sampler_layer
 from jaxgrpo.types import LoraPlan, Packing, Tree
 

@@ -22,9 +22,9 @@ from jaxgrpo.model.lora import (
     project,
     project_joined,
 )
-from jaxgrpo.model.norm_product import rms_norm
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.model.remat import checkpoint_policy, fuse_adapters, unroll_layers
+from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.types import LoraPlan, Packing, Tree
 
 

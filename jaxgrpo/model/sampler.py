@@ -28,12 +28,16 @@ from jaxgrpo.model.gated_product import (
 )
 from jaxgrpo.model.kv_cache import LayerCache, plain_attention, use_kernel, write_slot
 from jaxgrpo.model.lora import Adapter, scaled, side_by_side
-from jaxgrpo.model.norm_product import INNER, norm_product, rms_norm
 from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.types import Tree
 
 TOGETHER = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 """Projections of one input, and the name of their common matrix in the sampler's weights."""
+
+
+INNER = 16
+"""On a GPU adapters' inner widths are filled up to a multiple of it: what tensor cores take."""
 
 
 class Linear(NamedTuple):
@@ -142,12 +146,14 @@ def _beside(kernel: jax.Array, adapter: Adapter | None, missing: int = 0) -> Lin
 
 
 def linear(x: Float[Array, "... i"], weights: Linear) -> Float[Array, "... o"]:
-    """x W + (x a) b + bias."""
+    """x W + (x a) b + bias; of tiles silu(gate) * up."""
     kernel, bias, a, b = weights
+    if kernel.ndim == 4:
+        return gated_product(x if a is None else _beside_inner(x, a), kernel)
     if a is not None and b is not None:
         y = x @ kernel + (x @ a) @ b
     elif a is not None:
-        y = jnp.concatenate([x, x @ a], axis=-1) @ kernel
+        y = _beside_inner(x, a) @ kernel
     elif b is not None:
         y, inner = jnp.split(x @ kernel, [b.shape[1]], axis=-1)
         # Left to what comes next: put into the product, the other summand had to be copied first.
@@ -157,24 +163,39 @@ def linear(x: Float[Array, "... i"], weights: Linear) -> Float[Array, "... o"]:
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _of_normed(
-    config: Qwen2Config, x: jax.Array, scale: jax.Array, weights: list[Linear]
-) -> list[jax.Array]:
-    """`linear` of the norm of x for each of `weights`; tiles give silu(gate) * up."""
-    first = weights[0]
-    if len(weights) > 1 or first.a is None or first.b is not None:
-        h = rms_norm(x, scale, config.rms_norm_eps)
-        return [gated_product(h, w.kernel) if w.kernel.ndim == 4 else linear(h, w) for w in weights]
-    both = norm_product(x, scale, first.a, config.rms_norm_eps, kernel=use_kernel(x.dtype))
-    if first.kernel.ndim == 4:
-        return [gated_product(both, first.kernel)]
-    return [linear(both, Linear(first.kernel, first.bias))]
+def _beside_inner(x: jax.Array, a: jax.Array) -> jax.Array:
+    """[x | x a]. For few rows the inner axis is cut into parts that the card computes side by
+    side: the thin product by itself keeps a handful of its multiprocessors busy."""
+    if x.ndim != 2 or not use_kernel(x.dtype):
+        return jnp.concatenate([x, x @ a], axis=-1)
+    parts = next(parts for parts in (12, 8, 7, 6, 4, 2, 1) if len(a) % (16 * parts) == 0)
+    inner = _product_in_parts(x, a, parts).astype(x.dtype)
+    return jnp.concatenate([x, inner], axis=-1)
+
+
+def _product_in_parts(x: jax.Array, kernel: jax.Array, parts: int) -> Float[Array, "B o"]:
+    """x @ kernel in float32, its inner axis in so many parts."""
+    inner, width = kernel.shape
+    products = jnp.einsum(
+        "bpi,pio->pbo",
+        x.reshape(len(x), parts, inner // parts),
+        kernel.reshape(parts, inner // parts, width),
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.sum(products, axis=0)
+
+
+def _norm(config: Qwen2Config, x: jax.Array, scale: jax.Array) -> jax.Array:
+    h = rms_norm(x, scale, config.rms_norm_eps)
+    # Or XLA makes the norm again while it copies it beside the adapters' inner values.
+    return jax.lax.optimization_barrier(h) if use_kernel(x.dtype) else h
 
 
 def _qkv(config: Qwen2Config, layer: Tree, x: jax.Array) -> Float[Array, "... heads H"]:
     """Queries, keys and values of all heads, not yet rotated."""
-    parts = ["qkv"] if "qkv" in layer else list(TOGETHER["qkv"])
-    found = _of_normed(config, x, layer["input_layernorm"], [layer[part] for part in parts])
+    h = _norm(config, x, layer["input_layernorm"])
+    parts = ["qkv"] if "qkv" in layer else TOGETHER["qkv"]
+    found = [linear(h, layer[part]) for part in parts]
     heads = [y.reshape(*x.shape[:-1], -1, config.head_dim) for y in found]
     return heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=-2)
 
@@ -188,11 +209,11 @@ def _rotated(
 
 def _gated(config: Qwen2Config, layer: Tree, x: jax.Array) -> jax.Array:
     """silu(gate) * up."""
-    scale = layer["post_attention_layernorm"]
+    h = _norm(config, x, layer["post_attention_layernorm"])
     if "gate_up" not in layer:
-        gate, up = _of_normed(config, x, scale, [layer[m] for m in TOGETHER["gate_up"]])
+        gate, up = (linear(h, layer[module]) for module in TOGETHER["gate_up"])
         return jax.nn.silu(gate) * up
-    (both,) = _of_normed(config, x, scale, [layer["gate_up"]])
+    both = linear(h, layer["gate_up"])
     if layer["gate_up"].kernel.ndim == 4:
         return both
     gate, up = jnp.split(both, 2, axis=-1)
@@ -254,16 +275,9 @@ def split_product(x: Float[Array, "B i"], weights: Linear) -> Float[Array, "B o"
     """`linear` with the inner axis in a few parts that the card computes side by side, where rows
     and columns alone are too few to keep it busy; XLA adds them up with what comes next."""
     kernel, b = weights.kernel, weights.b
-    inner, width = kernel.shape
-    parts = next(parts for parts in (5, 4, 6, 3, 2, 1) if inner % (8 * parts) == 0)
-    products = jnp.einsum(
-        "bpi,pio->pbo",
-        x.reshape(len(x), parts, inner // parts),
-        kernel.reshape(parts, inner // parts, width),
-        preferred_element_type=jnp.float32,
-    )
+    parts = next(parts for parts in (5, 4, 6, 3, 2, 1) if len(kernel) % (8 * parts) == 0)
+    y = _product_in_parts(x, kernel, parts)
     if b is None:
-        return jnp.sum(products, axis=0).astype(x.dtype)
-    update = jnp.sum(products[..., b.shape[1] :], axis=0).astype(x.dtype) @ b
-    y = jnp.sum(products[..., : b.shape[1]], axis=0).astype(x.dtype)
-    return y + jax.lax.optimization_barrier(update)
+        return y.astype(x.dtype)
+    y, inner = (part.astype(x.dtype) for part in jnp.split(y, [b.shape[1]], axis=1))
+    return y + jax.lax.optimization_barrier(inner @ b)
