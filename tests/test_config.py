@@ -31,7 +31,7 @@ data.path data.name data.revision data.train_split data.eval_split data.prompt_c
 data.answer_column data.system_prompt data.prompt_suffix data.drop_rows_without_answer
 data.max_prompt_tokens data.prompt_bucket_tokens data.embedded_problems data.dev_problems
 rollout.max_completion_tokens rollout.temperature rollout.top_k rollout.top_p rollout.min_p
-rollout.stop_token_ids rollout.stop_strings rollout.merge_lora
+rollout.stop_token_ids rollout.stop_strings
 grpo.loss grpo.prompts_per_step grpo.group_size grpo.scale_rewards grpo.clip_eps_low
 grpo.multi_objective_aggregation
 grpo.clip_eps_high grpo.delta grpo.kl_coef grpo.num_iterations grpo.mask_truncated_completions

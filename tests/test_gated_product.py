@@ -3,10 +3,13 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxgrpo.model import api, gated_product, sampler_layout
+from jaxgrpo.config import MODULES
+from jaxgrpo.model import api, gated_product, sampler
 from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.rank_plan import RankPlan
 
 
 @pytest.mark.parametrize("features", [100, 128, 1])
@@ -41,22 +44,30 @@ def test_the_kernel_lowers_for_cuda():
     assert "mosaic_gpu" in lowered.as_text()
 
 
-def test_the_sampler_computes_the_same_with_tiles(monkeypatch):
+@pytest.mark.parametrize("modules", [(), ("gate_proj", "down_proj"), MODULES])
+def test_the_sampler_computes_the_same_with_tiles(monkeypatch, modules):
     config = Qwen2Config(64, 48, 100, num_layers=2, num_heads=4, num_kv_heads=2)
     base = api.init_base(config, jax.random.key(0))
+    lora = plan = None
+    if modules:
+        ranks = RankPlan({module: np.array([3, 1]) for module in modules}, 3, 6.0, "rslora", 3)
+        lora = api.init_lora(config, ranks, jax.random.key(1))
+        lora = jax.tree.map(lambda x: x + 0.1, lora)
+        plan = api.device_plan(ranks)
     tokens, mask = jnp.arange(12).reshape(2, 6), jnp.ones((2, 6), bool)
 
     def run():
         api.make_decode_weights.clear_cache()
-        weights = api.make_decode_weights(config, base, None, None, False)
+        weights = api.make_decode_weights(config, base, lora, plan)
         hidden, cache = api.prefill(config, weights, tokens, mask)
         own = api.init_completion_cache(config, 4, 8)
         newest, t = jnp.arange(4), jnp.int32(0)
         return weights, hidden, api.decode_step(config, weights, cache, mask, own, newest, t)
 
     _, *want = run()
-    monkeypatch.setattr(sampler_layout, "use_tiles", lambda dtype: True)
+    monkeypatch.setattr(sampler, "use_tiles", lambda dtype: True)
     weights, *got = run()
     api.make_decode_weights.clear_cache()
-    assert weights["layers"][0]["params"]["gate_up"]["tiles"].shape == (4, 2, 32, 48)
+    inner = 16 if modules else 0
+    assert weights["layers"][0]["gate_up"].kernel.shape == (4, 2, 32, 48 + inner)
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)

@@ -19,7 +19,6 @@ from jaxgrpo.model.api import (
     make_decode_weights,
     prefill,
 )
-from jaxgrpo.model.lora import delta_kernel
 from jaxgrpo.rank_plan import RankPlan
 
 CONFIG = Qwen2Config(61, 48, 80, num_layers=4, num_heads=6, num_kv_heads=2)
@@ -120,29 +119,31 @@ def test_with_b_zero_the_gradient_of_a_is_exactly_zero():
         assert np.asarray(grads[module]["b"]).any()
 
 
-def test_merged_and_unmerged_decode_weights_agree():
-    plan = device_plan(_plan())
-    base = init_base(CONFIG, jax.random.key(7))
-    lora = _noisy(init_lora(CONFIG, _plan(), jax.random.key(0)))
-    mask = jnp.ones(TOKENS.shape, bool)
-    outputs = []
-    for merge in (True, False):
-        weights = make_decode_weights(CONFIG, base, lora, plan, merge)
-        outputs.append(prefill(CONFIG, weights, jnp.asarray(TOKENS), mask)[0])
-    chex.assert_trees_all_close(*outputs, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("rule", ["constant", "rslora", "alpha_over_r"])
-def test_delta_kernel_is_scale_times_a_times_b(rule):
+def test_the_sampler_carries_scale_times_a_times_b(rule):
+    """Its output is that of weights to which the update was added in float32 (1e-5)."""
     plan = _plan(rule=rule)
+    base = init_base(CONFIG, jax.random.key(7))
     lora = _noisy(init_lora(CONFIG, plan, jax.random.key(0)))
-    delta = delta_kernel(lora, device_plan(plan), "up_proj")
     factor = {
         "constant": lambda r: 8 / 4,
         "rslora": lambda r: 8 / r**0.5,
         "alpha_over_r": lambda r: 8 / r,
-    }
-    for layer, r in enumerate(plan.ranks["up_proj"]):
-        a, b = lora["up_proj"]["a"][layer][:, :r], lora["up_proj"]["b"][layer][:r]
-        want = factor[rule](int(r)) * (a @ b) if r else jnp.zeros_like(delta[layer])
-        chex.assert_trees_all_close(delta[layer], want, atol=1e-6, rtol=1e-5)
+    }[rule]
+    layers = dict(base["layers"])
+    for module, ab in lora.items():
+        updates = [
+            factor(int(r)) * (a[:, :r] @ b[:r]) if r else jnp.zeros((a.shape[0], b.shape[1]))
+            for r, a, b in zip(plan.ranks[module], ab["a"], ab["b"], strict=True)
+        ]
+        kernel = layers[module]["kernel"] + jnp.stack(updates)
+        layers[module] = {**layers[module], "kernel": kernel}
+    mask = jnp.ones(TOKENS.shape, bool)
+    outputs = [
+        prefill(CONFIG, weights, jnp.asarray(TOKENS), mask)[0]
+        for weights in (
+            make_decode_weights(CONFIG, base, lora, device_plan(plan)),
+            make_decode_weights(CONFIG, {**base, "layers": layers}, None, None),
+        )
+    ]
+    chex.assert_trees_all_close(*outputs, atol=1e-5, rtol=0)

@@ -160,7 +160,7 @@ def two_steps(mesh, state=None):
         plan = replicate(mesh, device_plan(PLAN))
         state = fresh_state(mesh) if state is None else state
         for number in range(2):
-            weights = make_decode_weights(model, base, state.lora, plan, True)
+            weights = make_decode_weights(model, base, state.lora, plan)
             key = fold_key(0, number, Purpose.ROLLOUT)
             host = to_host(generate(weights, *shard_rows(mesh, (prompts.tokens, mask)), key))
             advantages = np.cos(host.tokens.sum(axis=1)).astype(np.float32)
@@ -223,7 +223,7 @@ def test_the_samplers_weights_are_gathered_over_fsdp_and_their_bytes_are_known()
     mesh = make_mesh(MeshConfig(2, 2, 2))
     base = place(mesh, base_logical_axes(CONFIG), init_base(CONFIG, jax.random.key(0)))
     with jax.set_mesh(mesh):
-        weights = make_decode_weights(CONFIG, base, None, None, True)
+        weights = make_decode_weights(CONFIG, base, None, None)
         used = {axis for x in jax.tree.leaves(weights) for axis in x.sharding.spec if axis}
         assert used == {"model"}
         # Key and value heads are fewer than a model axis may be long: every device has them all.

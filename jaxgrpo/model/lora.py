@@ -283,10 +283,3 @@ def device_plan(plan: RankPlan) -> LoraPlan:
 def plan_collection(plan: LoraPlan) -> Tree:
     """The plan as the `plan` variable collection that LoRADense reads."""
     return {m: {"mask": plan.masks[m], "scale": plan.scales[m]} for m in plan.masks}
-
-
-def delta_kernel(lora: Tree, plan: LoraPlan, module: str) -> Float[Array, "L i o"]:
-    """The adapter's effective change of the kernel, scale * (a * mask) b, in float32."""
-    a = lora[module]["a"] * plan.masks[module][:, None, :]
-    b = lora[module]["b"] * plan.scales[module][:, None, None]
-    return jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)

@@ -39,8 +39,8 @@ def save_merged(
 ) -> None:
     """Writes base + scale * B A as safetensors in `config.dtype`, with tokenizer and settings.
 
-    The sum is taken in float32 and rounded once, as the sampler does. The index comes last: a
-    directory with several shards and no index is one that was not finished.
+    The sum is taken in float32 and rounded once. The index comes last: a directory with several
+    shards and no index is one that was not finished.
 
     Raises:
         ConfigError: the adapter has a module that the model does not have, or of another shape.

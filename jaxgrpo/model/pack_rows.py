@@ -17,7 +17,7 @@ from jaxgrpo.types import Packing, PromptBatch
 NOWHERE = -1
 """A place or row that is padding."""
 
-ROOM = 2.5
+ROOM = 4
 """Rows that a bin has room for, over those that fill it when all reach the cap: bins get full as
 long as completions take at least 1/ROOM of the cap on average."""
 
@@ -192,7 +192,7 @@ def _fill(
     rows = _rows_of(members, group_size)
     own = np.where(trained[rows], lengths[rows], 0).reshape(len(members), group_size)
     bins: list[_Bin] = []
-    for place in np.argsort(-own.sum(axis=1), kind="stable").tolist():
+    for place in range(len(members)):
         prompt = int(members[place])
         shared = int(prompt_lengths[prompt]) - 1
         for within in np.argsort(-own[place], kind="stable").tolist():

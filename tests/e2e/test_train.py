@@ -171,9 +171,9 @@ def test_adapter_loads_in_peft_and_completes_as_our_sampler_does(straight):
             "eval.temperature=1.0",
             "rollout.stop_strings=['####']",
         ),
-        ("rollout.merge_lora=false", "grpo.importance_correction=sequence_mask"),
+        ("grpo.importance_correction=sequence_mask",),
     ],
-    ids=["inner-iterations", "micro-batches-sampled-eval", "unmerged"],
+    ids=["inner-iterations", "micro-batches-sampled-eval", "sequence-correction"],
 )
 def test_every_part_of_the_objective_runs_in_the_loop(tmp_path, overrides):
     result = _train(tmp_path, "steps=2", *overrides)

@@ -142,7 +142,7 @@ def test_sampled_log_probs_equal_the_trainers(monkeypatch, dtype, tolerance):
         rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=TEMPERATURE)
         generate = make_generate(config, rollout, StopRules((7, 11, 500, 900)), GROUP)
         plan = device_plan(PLAN)
-        weights = make_decode_weights(config, base, lora, plan, True)
+        weights = make_decode_weights(config, base, lora, plan)
         caps = jnp.asarray(np.random.default_rng(1).integers(1, WIDTH + 1, len(tokens) * GROUP))
         out = generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(3), caps)
         assert len(engine.batch_sizes(len(out.tokens))) > 2
@@ -173,7 +173,7 @@ def test_shrinking_samples_the_same_tokens(monkeypatch):
     base, lora = make_weights(config)
     tokens, mask = make_prompts()
     rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=TEMPERATURE)
-    weights = make_decode_weights(config, base, lora, device_plan(PLAN), True)
+    weights = make_decode_weights(config, base, lora, device_plan(PLAN))
     caps = jnp.asarray(np.random.default_rng(1).integers(1, WIDTH + 1, len(tokens) * GROUP))
     found = []
     for least in (16, 10**6):

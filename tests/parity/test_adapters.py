@@ -204,7 +204,7 @@ def test_merged_model_completes_in_transformers_as_our_sampler_does(
         config, RolloutConfig(max_completion_tokens=16, temperature=0.0), StopRules((1,)), 1
     )
     ours = generate(
-        make_decode_weights(config, weights, lora, device_plan(plan), True),
+        make_decode_weights(config, weights, lora, device_plan(plan)),
         jnp.asarray(tokens, jnp.int32),
         jnp.ones(tokens.shape, bool),
         jax.random.key(0),
@@ -217,7 +217,7 @@ def test_merged_model_completes_in_transformers_as_our_sampler_does(
     assert (kernel != np.asarray(weights["layers"]["q_proj"]["kernel"])).any()
 
 
-def test_merged_bfloat16_is_what_the_sampler_rounds_to(base, tmp_path):
+def test_merged_bfloat16_is_the_float32_sum_rounded_once(base, tmp_path):
     path, _, _, _ = base
     config, weights = load_model(path, "bfloat16")
     plan = _plan("per-layer", "constant")
@@ -225,10 +225,13 @@ def test_merged_bfloat16_is_what_the_sampler_rounds_to(base, tmp_path):
     save_merged(tmp_path, adapter_from_lora(lora, plan, ""), path, config)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     _, merged = load_model(tmp_path, "bfloat16")
-    sampler = make_decode_weights(config, weights, lora, device_plan(plan), True)
     kernels = merged["layers"]["down_proj"]["kernel"].astype(jnp.float32)
+    masks, scales = plan.masks()["down_proj"], plan.scales()["down_proj"]
     for layer in range(LAYERS):
-        want = sampler["layers"][layer]["params"]["down_proj"]["kernel"].astype(jnp.float32)
+        a, b = (lora["down_proj"][side][layer] for side in ("a", "b"))
+        kernel = weights["layers"]["down_proj"]["kernel"][layer].astype(jnp.float32)
+        want = kernel + scales[layer] * ((a * masks[layer]) @ b)
+        want = want.astype(jnp.bfloat16).astype(jnp.float32)
         # One unit of bfloat16 where the float32 sums differ in their last bit.
         np.testing.assert_allclose(kernels[layer], want, rtol=2**-7, atol=0)
         assert (kernels[layer] == want).mean() > 0.999

@@ -48,7 +48,7 @@ def test_logits_match_transformers_with_left_padding(tmp_path):
     hidden = hidden_states(config, base, None, None, jnp.asarray(tokens), jnp.asarray(mask))
     ours = np.asarray(logits(config, base, hidden))
     chex.assert_trees_all_close(ours[mask], theirs[mask], atol=TOLERANCE, rtol=0)
-    weights = make_decode_weights(config, base, None, None, True)
+    weights = make_decode_weights(config, base, None, None)
     last, _ = prefill(config, weights, jnp.asarray(tokens), jnp.asarray(mask))
     ours = np.asarray(logits(config, weights, last))
     chex.assert_trees_all_close(ours, theirs[:, -1], atol=TOLERANCE, rtol=0)
