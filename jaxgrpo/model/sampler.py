@@ -96,13 +96,13 @@ def _apart(dense: Tree, adapter: Adapter | None) -> Linear:
 def _together(
     layer: Tree, adapters: dict[str, Adapter], modules: tuple[str, ...], multiple: int
 ) -> tuple[list[jax.Array], Adapter | None]:
-    """The modules' kernels, each with its columns of the common b under it, and the common a;
-    inner widths are filled up to a multiple."""
+    """The modules' kernels, and their common adapter, whose inner width is filled up so that input
+    and inner values together are a multiple."""
     kernels = [layer[module]["kernel"] for module in modules]
     if not any(module in adapters for module in modules):
         return kernels, None
     a, b = side_by_side(kernels, [adapters.get(m) for m in modules], kernels[0].dtype)
-    missing = -a.shape[1] % multiple
+    missing = -(len(a) + a.shape[1]) % multiple
     a, b = jnp.pad(a, ((0, 0), (0, missing))), jnp.pad(b, ((0, missing), (0, 0)))
     return kernels, (a, b)
 

@@ -230,7 +230,7 @@ def test_merged_bfloat16_is_the_float32_sum_rounded_once(base, tmp_path):
     for layer in range(LAYERS):
         a, b = (lora["down_proj"][side][layer] for side in ("a", "b"))
         kernel = weights["layers"]["down_proj"]["kernel"][layer].astype(jnp.float32)
-        want = kernel + scales[layer] * ((a * masks[layer]) @ b)
+        want = kernel + scales[layer] * ((a * masks[layer][None, :]) @ b)
         want = want.astype(jnp.bfloat16).astype(jnp.float32)
         # One unit of bfloat16 where the float32 sums differ in their last bit.
         np.testing.assert_allclose(kernels[layer], want, rtol=2**-7, atol=0)
