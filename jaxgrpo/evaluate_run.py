@@ -37,9 +37,7 @@ def run_eval(
     """
     config = session.config
     plan = None if lora is None else session.device_plan
-    weights = make_decode_weights(
-        session.model_config, session.base, lora, plan, config.rollout.merge_lora
-    )
+    weights = make_decode_weights(session.model_config, session.base, lora, plan)
     made = [(programs.generate_eval, config, "step")]
     if config.eval.also_greedy:
         greedy = dataclasses.replace(config.eval, samples=1, temperature=0.0, also_greedy=False)

@@ -81,7 +81,7 @@ def test_cached_decode_equals_full_forward(temperature):
     chex.assert_trees_all_close(out.logprobs, np.where(out.mask, want, 0), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("size", [1e-4, 1e-2])
+@pytest.mark.parametrize("size", [1e-4, 1e-3])
 def test_in_bfloat16_the_sampler_stays_the_policy_however_small_the_adapters(size):
     """|B| of one size at rank 1: sampler and trainer differ by no more than with B = 0, where all
     that differs is rounding (1.2 times the mean absolute difference of log-probs). Added to
