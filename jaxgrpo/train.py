@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from jaxgrpo import __version__
 from jaxgrpo.checkpoint import Checkpoints, numbered
+from jaxgrpo.compiles import Compiled, compiled
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import dump_config, encode_config, flat_settings
 from jaxgrpo.divergence import DivergenceGuard
@@ -163,7 +164,13 @@ class Loop:
             self.writer.write_result(done, result.after.metrics)
         if first_process():
             self.write_card(result)
-            atomic_write_json(self.run.summary, summary(self.session, result, self.start_plan))
+            atomic_write_json(
+                self.run.summary,
+                {
+                    **summary(self.session, result, self.start_plan),
+                    "compiled": self.compile_record(),
+                },
+            )
         return result
 
     def should_stop(self) -> bool:
@@ -175,6 +182,7 @@ class Loop:
     ) -> tuple[TrainState, dict[str, float]]:
         """One step with what it writes: metrics, completions, a checkpoint when one is due."""
         config, done = self.session.config, step + 1
+        before = compiled()
         try:
             state, result = run_step(
                 self.session, self.programs, state, step, lambda phase: bar.at(phase, step)
@@ -186,6 +194,10 @@ class Loop:
             if step and alone and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
                 self.checkpoints.save(step, state, config, self.session.plan)
             raise
+        new = compiled().since(before)
+        self.compiled_by_step |= {done: new} if new.programs else {}
+        result.metrics["time/programs_compiled"] = float(new.programs)
+        result.metrics["time/compile_s"] = new.seconds
         self.writer.write(done, result.metrics, result.layer_grad_norms)
         self.writer.write_completions(done, result.completions)
         bar.after(done, result.metrics)
@@ -204,6 +216,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.guard = DivergenceGuard(self.run)
+        self.compiled_by_step: dict[int, Compiled] = {}
 
     def write_card(self, result: TrainResult) -> None:
         """The adapter's README.md."""
@@ -220,6 +233,12 @@ class Loop:
             scores=scores_of({name: r and r.metrics for name, r in scores.items()}),
         )
         write_card(self.run.adapter, facts)
+
+    def compile_record(self) -> dict:
+        """What this process compiled: in which steps, and all told (evaluations included)."""
+        total = compiled()
+        steps = {str(step): asdict(found) for step, found in self.compiled_by_step.items()}
+        return asdict(total) | {"by_step": steps}
 
     def evaluation_due(self, done: int) -> bool:
         every = self.session.config.eval.every_steps

@@ -37,9 +37,9 @@ def run_train(config: Config, console: Console) -> int:
         console.print("stopped and saved; run the same command again to go on")
         return EXIT_INTERRUPTED
     table = Table(box=None, show_header=False, pad_edge=False)
-    if result.before is not None and result.after is not None:
-        table.add_row("accuracy before", result.before.describe())
-        table.add_row("accuracy after", result.after.describe())
+    for name, found in (("before", result.before), ("after", result.after)):
+        if found is not None:
+            table.add_row(f"accuracy {name}", found.describe())
     for name, path in result.run.described():
         table.add_row(name, str(path))
     console.print(Panel(table, title="done", expand=False))

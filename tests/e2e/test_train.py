@@ -71,6 +71,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path):
     assert norms[0] == norms[1]
 
 
+def test_everything_is_compiled_in_the_first_step(straight):
+    """Steps of other lengths run the same programs; the summary says what was compiled and when."""
+    steps = [m for m in read_jsonl(straight / "metrics.jsonl") if "loss" in m]
+    compiled = [m["time/programs_compiled"] for m in steps]
+    assert compiled[0] > 0 and not any(compiled[1:]), compiled
+    summary = json.loads((straight / "summary.json").read_text())["compiled"]
+    assert list(summary["by_step"]) == ["1"]
+    assert summary["programs"] >= summary["by_step"]["1"]["programs"] == compiled[0]
+
+
 def test_killed_run_goes_on_to_the_same_numbers(straight, tmp_path):
     """SIGKILL after the first checkpoint; nothing that was half-written is taken for whole."""
     arguments = [*SMALL, f"run_dir={tmp_path}", "steps=4"]
