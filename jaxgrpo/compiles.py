@@ -29,10 +29,10 @@ def compiled() -> Compiled:
     return _so_far
 
 
-def _heard(event: str, duration: float, **_: str | int) -> None:
+def _heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
     global _so_far
     if event == _EVENT:
-        _so_far = Compiled(_so_far.programs + 1, _so_far.seconds + duration)
+        _so_far = Compiled(_so_far.programs + 1, _so_far.seconds + duration_secs)
 
 
 jax.monitoring.register_event_duration_secs_listener(_heard)
