@@ -43,6 +43,7 @@ from jaxgrpo.study.results import collect_results
 from jaxgrpo.study.runs import (
     arm_configs,
     check_same_study,
+    cut_config,
     has_plan_file,
     is_done,
     plan_name,
@@ -73,6 +74,7 @@ def run_study(config: StudyConfig, console: Console) -> Results | None:
         atomic_write_text(study.config, dump_config(config))
         runner.prepare()
         runner.arms()
+        runner.cuts()
         results = collect_results(config)
         files = StudyFiles(config.run_dir)
         atomic_write_json(files.results, results)
@@ -234,6 +236,15 @@ class Runner:
             except DivergedError as error:
                 # A design leaves no run out: this one counts as the base model.
                 atomic_write_json(self.files.arm(arm) / DIVERGED, {"reason": str(error)})
+
+    def cuts(self) -> None:
+        """Cuts and evaluates the adapter of every uniform arm, as study.cuts says."""
+        for arm in list_arms(self.config):
+            for criterion, share in self.config.study.cuts.amounts if arm.plan == "uniform" else ():
+                config = cut_config(self.config, arm, criterion, share)
+                if not is_done(config):
+                    title = f"cut: {arm.name} to {share:g} of its {criterion}"
+                    self.lab.cut(title, config, self.files.arm(arm), {criterion: share})
 
     def check_budgets(self, arms: list[Arm], configs: list[Config]) -> None:
         """Prints the realised ranks and asserts that arms of one mean rank cost the same.

@@ -161,6 +161,24 @@ class ArmsConfig:
 
 
 @dataclass(frozen=True)
+class CutsConfig:
+    """PARA on every finished uniform arm: its adapter is cut and evaluated, nothing is trained."""
+
+    energy: tuple[float, ...] = ()
+    """Shares of the squared singular values of all adapters together to keep."""
+    parameters: tuple[float, ...] = ()
+    """Shares of the parameters to keep."""
+
+    def __post_init__(self) -> None:
+        for criterion, share in self.amounts:
+            _require(0 < share < 1, f"study.cuts.{criterion} must lie in (0, 1), got {share:g}")
+
+    @property
+    def amounts(self) -> list[tuple[str, float]]:
+        return [("energy", x) for x in self.energy] + [("parameters", x) for x in self.parameters]
+
+
+@dataclass(frozen=True)
 class OutcomeConfig:
     """Which accuracy the study is about, where runs are measured in several ways."""
 
@@ -182,6 +200,7 @@ class StudySettings:
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     arms: ArmsConfig = field(default_factory=ArmsConfig)
+    cuts: CutsConfig = field(default_factory=CutsConfig)
     design: DesignConfig | None = None
     """A factorial in blocks, in place of `arms`."""
     only: tuple[str, ...] = ()
@@ -192,6 +211,10 @@ class StudySettings:
         _require(
             self.design is None or self.arms == ArmsConfig(),
             "study.design makes its own arms: leave study.arms out",
+        )
+        _require(
+            self.design is None or not self.cuts.amounts,
+            "study.cuts cuts the uniform arms of study.arms, and a design has none: leave it out",
         )
         _require(0 < self.margin < 1, f"study.margin must lie in (0, 1), got {self.margin}")
 
@@ -407,6 +430,9 @@ class StudyFiles:
 
     def arm(self, arm: Arm) -> Path:
         return self.root / "arms" / arm.name
+
+    def cut(self, arm: Arm, criterion: str, share: float) -> Path:
+        return self.root / "cuts" / f"{arm.name}-{criterion}-{share:g}"
 
     def plan(self, name: str) -> Path:
         return self.plans / f"{name}.json"

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 
+from jaxgrpo.checkpoint import read_adapter
 from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.config_files import dump_config
+from jaxgrpo.evaluate_run import run_eval
 from jaxgrpo.iteration import Programs, make_programs
-from jaxgrpo.records.run_directory import RunDirectory
+from jaxgrpo.model.adapters import save_adapter
+from jaxgrpo.processes import first_process
+from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json, atomic_write_text
 from jaxgrpo.session import Session, open_session, warn_user
 from jaxgrpo.study.config import Interrupted, StudyFiles
-from jaxgrpo.train import Replan, train_session
+from jaxgrpo.study.dynamic import cut_adapter
+from jaxgrpo.train import Replan, TrainResult, summary, train_session
 
 
 def check_same_prompts(config: Config, session: Session) -> None:
@@ -94,3 +104,35 @@ class Lab:
             raise Interrupted(title)
         if result.after is not None:
             self._console.print(f"accuracy {result.after.describe()}", highlight=False)
+
+    def cut(self, title: str, config: Config, source: Path, amount: Mapping[str, float]) -> None:
+        """Evaluates what `compress` leaves of the adapter that a finished run ended with.
+
+        Raises:
+            ConfigError: the run has no checkpoint, or nothing is left.
+        """
+        self._console.rule(f"[bold]{title}", align="left")
+        saved = read_adapter(RunDirectory(source).checkpoints)
+        if saved is None:
+            raise ConfigError(f"{source} has no checkpoint to cut; remove it to train it again")
+        lora, plan = cut_adapter(saved.lora, saved.plan, amount)
+        session = self.session.with_config(config).with_plan(plan)
+        run, first = RunDirectory(Path(config.run_dir)).create(), first_process()
+        with run.lock() if first else nullcontext(), jax.set_mesh(session.mesh):
+            placed = session.place_lora(jax.tree.map(lambda x: np.asarray(x, np.float32), lora))
+            policy = f"{source.name}, cut"
+            after = run_eval(
+                session,
+                self.programs(session),
+                placed,
+                config.steps,
+                run.eval,
+                policy,
+                self._console,
+            )
+            if first:
+                atomic_write_text(run.config, dump_config(config))
+                save_adapter(run.adapter, lora, plan, str(config.model.path))
+                result = TrainResult(None, after, run, {}, interrupted=False)
+                atomic_write_json(run.summary, summary(session, result, saved.plan))
+        self._console.print(f"accuracy {after.describe()}", highlight=False)

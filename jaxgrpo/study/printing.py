@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from jaxgrpo.study.result_types import Contrast, Profile, Results
+from jaxgrpo.study.result_types import Contrast, CutResult, Profile, Results
 
 
 def print_verdict(results: Results, console: Console) -> None:
@@ -26,12 +26,28 @@ def print_verdict(results: Results, console: Console) -> None:
             "" if versus is None else versus["verdict"],
         )
     console.print(table)
+    if results["cuts"]:
+        console.print(_cuts(results["cuts"]))
     for sentence in (
         *results["verdict"],
         *results["amplification_verdict"],
         *map(_importance_line, results["profiles"]),
     ):
         console.print(sentence, highlight=False)
+
+
+def _cuts(cuts: list[CutResult]) -> Table:
+    table = Table(title="cut after training (PARA), by seed", title_justify="left")
+    for heading in ("what is left", "parameters", "accuracy", "cut - uncut, points"):
+        table.add_column(heading, justify="left" if heading == "what is left" else "right")
+    for cut in cuts:
+        table.add_row(
+            cut["name"],
+            ", ".join(f"{n:,}" for n in cut["parameters"]),
+            ", ".join(f"{x:.1%}" for x in cut["accuracy"]),
+            ", ".join(f"{100 * x:+.1f}" for x in cut["difference"]),
+        )
+    return table
 
 
 def _interval(versus: Contrast) -> str:

@@ -126,6 +126,22 @@ class ArmResult(TypedDict):
     """Against uniform ranks of the same mean; null for the reference itself."""
 
 
+class CutResult(TypedDict):
+    """A uniform arm's adapters after PARA's cut: evaluated, not trained on.
+
+    Per seed. Not one of the runs: a cut adapter shares its run with the uncut one, so it says
+    nothing of how much runs differ.
+    """
+
+    name: str
+    criterion: str
+    share: float
+    accuracy: list[float]
+    difference: list[float]
+    """Cut - uncut, of the same run."""
+    parameters: list[int]
+
+
 class Residual(TypedDict):
     """What is left of the runs' accuracies after arm and seed: how much a run moves by itself."""
 
@@ -308,6 +324,8 @@ class Results(TypedDict):
     versions: dict[str, str]
     base: Base | None
     arms: list[ArmResult]
+    cuts: list[CutResult]
+    """Of the uniform arms whose seeds have all been cut and evaluated."""
     contrasts: list[Contrast]
     """Every contrast, the primary one first; ArmResult.versus is one of these."""
     residual: Residual | None

@@ -28,6 +28,7 @@ from jaxgrpo.study.result_types import (
     Base,
     Contrast,
     Curve,
+    CutResult,
     Profile,
     Residual,
     Results,
@@ -94,6 +95,7 @@ def collect_results(config: StudyConfig) -> Results:
         "versions": _versions(files, config),
         "base": _base(config, files),
         "arms": arms,
+        "cuts": _cuts(config, files, groups),
         "contrasts": list(contrasts.values()),
         "residual": residual,
         "minimum_detectable_effect": smallest and smallest["value"],
@@ -115,6 +117,35 @@ def collect_results(config: StudyConfig) -> Results:
         "paper": paper_rows(config, files, arms, profiles),
         "allocations": _allocations(config, files),
     }
+
+
+def _cuts(config: StudyConfig, files: StudyFiles, groups: dict[str, list[Arm]]) -> list[CutResult]:
+    found: list[CutResult] = []
+    questions = Questions()
+    for arms in groups.values():
+        if arms[0].plan != "uniform":
+            continue
+        for criterion, share in config.study.cuts.amounts:
+            runs = [files.cut(arm, criterion, share) for arm in arms]
+            cut = read_answers(runs, config.steps, config, questions)
+            uncut = [files.arm(arm) for arm in arms]
+            whole = read_answers(uncut, config.steps, config, questions)
+            if cut is None or whole is None:
+                continue
+            after, before = (answers.cells.mean(axis=1) for answers in (cut, whole))
+            found.append(
+                {
+                    "name": f"{arm_label(arms[0], config)}, {share:.4g} of its {criterion}",
+                    "criterion": criterion,
+                    "share": share,
+                    "accuracy": after.tolist(),
+                    "difference": (after - before).tolist(),
+                    "parameters": [
+                        _read(run / "summary.json")["trainable_parameters"] for run in runs
+                    ],
+                }
+            )
+    return found
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,12 @@ def arm_config(config: StudyConfig, arm: Arm, first: bool) -> Config:
     )
 
 
+def cut_config(config: StudyConfig, arm: Arm, criterion: str, share: float) -> Config:
+    """What a cut of a uniform arm is evaluated with: the arm's own settings, elsewhere."""
+    where = StudyFiles(config.run_dir).cut(arm, criterion, share)
+    return dataclasses.replace(arm_config(config, arm, first=False), run_dir=str(where))
+
+
 def arm_configs(config: StudyConfig) -> list[Config]:
     """Those of `list_arms`, in its order."""
     arms = list_arms(config)

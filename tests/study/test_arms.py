@@ -39,6 +39,7 @@ SMALL = {
         "allocation": {"min_rank": 1, "max_rank": 8, "top_layers": 4, "adaptive_every_steps": 2},
         "probe": {"scale_rules": ["constant", "alpha_over_r"]},
         "arms": {"plans": PLANS, "scale_rules": ["constant"], "seeds": [0]},
+        "cuts": {"energy": [0.9], "parameters": [0.25]},
     },
 }
 # A finished study must report where jax cannot be imported.
@@ -112,6 +113,25 @@ def test_trained_adapters_have_the_ranks_that_are_reported(study):
     assert set(sizes.values()) == {sizes["uniform"]}, sizes
 
 
+def test_the_uniform_adapter_is_cut_and_evaluated_without_training(study):
+    root, _ = study
+    results = read(root / "results.json")
+    uniform = results["arms"][0]
+    by_energy, quarter = results["cuts"]
+    assert quarter["parameters"][0] <= 0.25 * uniform["trainable_parameters"]
+    # As many as fit: no rank of the embedded model costs 2,000 parameters.
+    assert quarter["parameters"][0] > 0.25 * uniform["trainable_parameters"] - 2000
+    assert by_energy["parameters"][0] < uniform["trainable_parameters"]
+    for cut in results["cuts"]:
+        assert cut["difference"] == [cut["accuracy"][0] - uniform["per_seed"][0]]
+    folders = sorted((root / "cuts").iterdir())
+    assert [f.name for f in folders] == [
+        "uniform-r4-s0-energy-0.9",
+        "uniform-r4-s0-parameters-0.25",
+    ]
+    assert not any((f / "checkpoints").exists() for f in folders)
+
+
 def test_arms_saw_the_same_prompts_and_the_same_items(study):
     root, _ = study
     prompts, items = [], []
@@ -144,7 +164,7 @@ def test_profiles_hold_all_views_and_the_probe_gives_slopes(study):
 
 def test_a_second_call_only_rebuilds_the_report_and_needs_no_jax(study):
     root, config = study
-    runs = [p for part in ("arms", "profiles", "probes") for p in (root / part).rglob("*")]
+    runs = [p for part in ("arms", "cuts", "profiles", "probes") for p in (root / part).rglob("*")]
     before = {p: p.stat().st_mtime_ns for p in runs if p.is_file()}
     results = read(root / "results.json")
     (root / "report.html").unlink()

@@ -99,6 +99,7 @@ def test_bounds_survive_the_way_to_a_file_and_back(tmp_path):
         ({"allocation": {"bounds": {"random": [48, 64]}}}, "mean rank 32 of random lies outside"),
         ({"allocation": {"bounds": {"reduced": [23, 64]}}}, "mean rank 22.4 of reduced"),
         ({"allocation": {"bounds": {"random": [40, 20]}}}, "a smallest and a largest"),
+        ({"cuts": {"energy": [1.5]}}, "study.cuts.energy must lie in"),
         ({"arms": {"objectives": ["grop"]}}, "one of: grpo, sft"),
         (
             {"arms": {"objectives": ["sft"]}, "profile": {"objectives": ["grpo"]}},
