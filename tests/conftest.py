@@ -1,6 +1,9 @@
 """Eight virtual CPU devices, strict numerics, no network; set before jax is imported."""
 
 import os
+from pathlib import Path
+
+from tests.kept_programs import of_this_processor
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -21,7 +24,8 @@ os.environ.setdefault(
     os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "programs")),
 )
 if os.environ["JAXGRPO_TEST_PROGRAMS"]:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAXGRPO_TEST_PROGRAMS"]
+    programs = of_this_processor(Path(os.environ["JAXGRPO_TEST_PROGRAMS"]))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

@@ -14,6 +14,7 @@ import jaxgrpo
 from jaxgrpo.config import Config
 from jaxgrpo.config_files import load_config
 from jaxgrpo.study.config import StudyConfig
+from tests.kept_programs import of_this_processor
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(jaxgrpo.__file__).parent
@@ -101,6 +102,14 @@ def test_no_file_holds_a_path_of_one_machine():
             if pattern.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
     assert not found, "\n".join(found)
+
+
+def test_programs_kept_by_another_processor_are_left_alone(tmp_path):
+    assert of_this_processor(tmp_path / "new") == tmp_path / "new"
+    assert of_this_processor(tmp_path / "new") == tmp_path / "new"
+    (tmp_path / "processor").write_text("another")
+    inside = of_this_processor(tmp_path)
+    assert inside.parent == tmp_path and len(inside.name) == 12
 
 
 def test_what_ships_with_the_package_is_small():
