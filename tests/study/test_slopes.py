@@ -113,10 +113,13 @@ def test_both_intervals_cover():
 @pytest.mark.parametrize("layers", [8, 28])
 @pytest.mark.parametrize("draws", [1, 4])
 def test_the_coverage_of_both_intervals(layers, draws):
-    """3,000 studies, standard error 0.4 %; bands of the acceptance, two errors wider."""
-    found = coverage(layers, draws, 3000, layers + draws)
-    print(layers, draws, found)
-    assert ((found >= 0.94 - 0.008) & (found <= 0.965 + 0.012)).all()
+    """3,000 studies, standard error 0.4 %, and two of them beyond the bounds: 94 to 96.5 % for the
+    interval that is printed first. CR1 stands beside it and falls short with few clusters (93.2 %
+    with 8 layers and one draw), the reason why it is not the first."""
+    by_randomisation, by_clusters = coverage(layers, draws, 3000, layers + draws)
+    print(layers, draws, by_randomisation, by_clusters)
+    assert 0.94 - 0.008 <= by_randomisation <= 0.965 + 0.008
+    assert 0.92 <= by_clusters <= 0.98
 
 
 def test_a_slope_needs_ranks_that_differ():
