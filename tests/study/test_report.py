@@ -19,6 +19,7 @@ import pytest
 
 from jaxgrpo.config_files import decode_config
 from jaxgrpo.study.config import StudyConfig
+from jaxgrpo.study.design import CELLS
 from jaxgrpo.study.importance import importance
 from jaxgrpo.study.report import facts, write_report
 from jaxgrpo.study.report.interval_charts import accuracy_chart
@@ -41,12 +42,6 @@ FIGURES = {
 }
 PLANS = ("uniform", "proportional", "inverse", "random", "reduced", "top_k", "fim", "adaptive")
 HOSTILE = '</script><script>alert("1")</script>\'"&|`\\$x^{'
-CELLS = {
-    "uniform": "U: rank r and scale s everywhere",
-    "ranks_only": "N: proportional ranks",
-    "speeds_only": "D: proportional scales",
-    "proportional": "P: proportional ranks, scale s",
-}
 VERDICTS = ("worse", "open", "equivalent", "better")
 
 
@@ -173,7 +168,8 @@ def make_factorial():
         "look": 3,
         "cells": CELLS,
         "interactions": [
-            {"name": "P - U", "slope": 0.01, "low": -0.02, "high": 0.04, "p": 0.5, "df": 18.0}
+            {"name": "rank effect", "slope": 0.0123, "low": -0.03, "high": 0.054}
+            | {"p": 0.31, "df": 18.0}
         ],
     }
     nothing = ("profiles", "amplification", "amplification_verdict", "spread", "allocations")
@@ -311,6 +307,7 @@ def test_a_factorial_shows_its_design(report):
     wanted = [design["sha256"][:16], "proportional - uniform", "rank effect", "speed effect"]
     wanted += [*CELLS, *CELLS.values(), "p ≤ 0.0014", "p ≤ 0.0128", "not all runs are there"]
     wanted += ["block 1, rate 0.0005", "block 3, rate 0.002", "look at 3 blocks", "±2", "±1.5"]
+    wanted += ["+1.2", "−3.0 to +5.4", "0.310"]
     assert not missing(found, wanted)
     assert set(found.figures) == {"accuracy", "differences", "reward", "drift"}
     assert "The factorial design" not in report("plans").words

@@ -35,5 +35,4 @@ class Chart:
     numbers: Table | None = None
 
 
-Part = str | Table | Chart
-"""A string is a paragraph."""
+Part = str | Table | Chart  # a string is a paragraph

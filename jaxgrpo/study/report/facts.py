@@ -116,11 +116,6 @@ def answer(said: list[str]) -> tuple[str, str]:
     return head + stop.strip(), rest
 
 
-def progress(results: Results) -> str:
-    done = sum(arm["accuracy"] is not None for arm in results["arms"])
-    return f"{done} of {len(results['arms'])} arms"
-
-
 def key_figures(results: Results) -> list[tuple[str, str]]:
     """What a hurried reader takes along, name and value."""
     base, residual, smallest = results["base"], results["residual"], results["detectable"]
@@ -134,7 +129,8 @@ def key_figures(results: Results) -> list[tuple[str, str]]:
         figures.append(("smallest detectable difference", f"{100 * smallest['value']:.1f} points"))
     for one in results["contrasts"][:1]:
         figures.append(("margin", f"±{100 * one['margin']:g} points"))
-    return [*figures, ("finished", progress(results))]
+    done = sum(arm["accuracy"] is not None for arm in results["arms"])
+    return [*figures, ("finished", f"{done} of {len(results['arms'])} arms")]
 
 
 def convergence(results: Results) -> str:

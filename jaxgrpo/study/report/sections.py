@@ -27,9 +27,9 @@ _DESIGN = (
 _INFERENCE = (
     "The run is the unit: accuracy = arm + seed + run, the runs' residual pooled over arms, and "
     "what the arms' own easy and hard items add; p and interval come from the same t. The primary "
-    "difference is tested at the full 5 %, the others as a second family under Holm, with "
-    "intervals as wide as that asks. “p, these models” is the sign flip over items: it says "
-    "nothing about another run of the same arm."
+    "difference is tested at the full level, 5 % or the look's, the others as a second family "
+    "under Holm, with intervals as wide as that asks. “p, these models” is the sign flip over "
+    "items: it says nothing about another run of the same arm."
 )
 _ONE_SEED = "One seed: nothing is known of another run, so there is no p and no interval."
 _SPEED = (
@@ -99,7 +99,7 @@ def _design(results: Results) -> list[Part]:
         f"{_DESIGN}{written}.{used}",
         tables.pair_table("Cells", design["cells"], "cell"),
         tables.look_table(design),
-        *([tables.interaction_table(design)] if design["interactions"] else []),
+        tables.interaction_table(design),
     ]
 
 

@@ -102,22 +102,17 @@ def look_table(design: DesignResult) -> Table:
 
 
 def interaction_table(design: DesignResult) -> Table:
-    rows = [
-        (
-            found["name"],
-            signed(100 * found["slope"], places=1),
-            span(100 * found["low"], 100 * found["high"], signed),
-            facts.p_value(found["p"]),
-            decimal(found["df"], 0),
-        )
-        for found in design["interactions"]
-    ]
-    caption = "Does a difference depend on the learning rate? Points per doubling"
-    return Table(caption, ("contrast", "slope", "95 % interval", "p", "df"), rows)
+    headings = ("difference", "points per doubling", "95 % interval", "p", "df")
+    rows = []
+    for found in design["interactions"]:
+        interval = span(found["low"], found["high"], points)
+        rest = (interval, facts.p_value(found["p"]), f"{found['df']:g}")
+        rows.append((found["name"], points(found["slope"]), *rest))
+    return Table("Does a difference depend on the learning rate?", headings, rows)
 
 
 def part_table(results: Results) -> Table:
-    headings = ("scale rule", "gradient of", "phase", "slope", "95 %, randomisation")
+    headings = ("scale rule", "view", "gradient of", "phase", "slope", "95 %, randomisation")
     rows = []
     for entry in results["amplification"]:
         for part in entry["parts"]:
@@ -125,10 +120,10 @@ def part_table(results: Results) -> Table:
                 span(part["low"], part["high"], signed),
                 span(part["cr1_low"], part["cr1_high"], signed),
             )
-            where = (entry["scale_rule"], facts.named(part["matrix"]), part["phase"])
-            rows.append((*where, signed(part["slope"]), *intervals, part["verdict"]))
+            names = (entry["scale_rule"], *map(facts.named, (entry["view"], part["matrix"])))
+            rows.append((*names, part["phase"], signed(part["slope"]), *intervals, part["verdict"]))
     headings = (*headings, "95 %, CR1 over layers", "follows rank")
-    return Table("Slopes by phase and matrix", headings, rows, texts=3)
+    return Table("Slopes by phase and matrix", headings, rows, texts=4)
 
 
 def spread_table(results: Results) -> Table:
