@@ -69,20 +69,44 @@ class Device:
 
     Attributes:
         platform: "cpu", "gpu" or "tpu".
+        kind: jax's `device_kind`.
         count: devices of the mesh.
         batch_shards: into how many parts the mesh splits a batch.
         memory: bytes of one device that a program may use; None: the device does not say.
+        capability: a GPU's compute capability, "9.0" for Hopper.
+        cores: multiprocessors of a GPU.
     """
 
     platform: str = "cpu"
+    kind: str = "cpu"
     count: int = 1
     batch_shards: int = 1
     memory: int | None = None
+    capability: str | None = None
+    cores: int = 132
 
     @property
     def single_gpu(self) -> bool:
         """One GPU: where kernels of our own run, which know no mesh."""
         return self.platform == "gpu" and self.count == 1
+
+    @property
+    def options(self) -> dict[str, bool | str] | None:
+        """Compiler options that programs want on GPU; they go with each program, so that nothing
+        depends on the user's XLA_FLAGS."""
+        if self.platform != "gpu":
+            return None
+        # cuBLAS beats Triton's matrix products in decoding, by a quarter of the whole loop.
+        return {"xla_gpu_enable_triton_gemm": False}
+
+    @property
+    def decode_options(self) -> dict[str, bool | str] | None:
+        """`options` for the decode loop: the whole loop as one CUDA graph, so that its many short
+        kernels follow each other without the host."""
+        if self.options is None or self.count > 1:
+            return self.options
+        recorded = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+        return self.options | {"xla_gpu_enable_command_buffer": recorded}
 
 
 ONE_CPU = Device()
@@ -96,20 +120,40 @@ def device_of(mesh: Mesh, memory: int | None = None) -> Device:
     """
     own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     if memory is None and own:
-        memory = _memory(own[0])
-    return Device(mesh.devices.flat[0].platform, mesh.size, batch_shards(mesh), memory)
+        memory = _memory(own[0], "bytes_limit")
+    return _describe(mesh.devices.flat[0], mesh.shape, memory)
 
 
 def device_here(sizes: Mapping[str, int]) -> Device:
     """What a mesh of these sizes is made of here, whether or not there are so many devices."""
     first = jax.local_devices()[0]
-    count, shards = int(np.prod(list(sizes.values()))), sizes["data"] * sizes["fsdp"]
-    return Device(first.platform, count, shards, _memory(first))
+    return _describe(first, sizes, _memory(first, "bytes_limit"))
 
 
-def _memory(device: Any) -> int | None:
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit")
+def _describe(device: Any, sizes: Mapping[str, int], memory: int | None) -> Device:
+    return Device(
+        platform=device.platform,
+        kind=device.device_kind,
+        count=int(np.prod(list(sizes.values()))),
+        batch_shards=sizes["data"] * sizes["fsdp"],
+        memory=memory,
+        capability=getattr(device, "compute_capability", None),
+        cores=getattr(device, "core_count", None) or Device.cores,
+    )
+
+
+def default_platform() -> str:
+    """Of the devices that a mesh is made of where none are named."""
+    return jax.default_backend()
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process' first device has held; None: it does not say."""
+    return _memory(jax.local_devices()[0], "peak_bytes_in_use")
+
+
+def _memory(device: Any, name: str) -> int | None:
+    return (device.memory_stats() or {}).get(name)
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -170,6 +214,14 @@ def sharding(mesh: Mesh, logical: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(logical))
 
 
+def check_device(device: Device) -> None:
+    """Asserts that the program being traced is for the mesh that surrounds it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    assert mesh.empty or mesh.size == device.count, (
+        f"Qwen2Config.device has {device.count} devices, the mesh {mesh.size}: see device_of"
+    )
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Constrains `x` inside a jitted function; without a mesh there is nothing to constrain.
 
@@ -207,25 +259,6 @@ def rollout_bytes(mesh: Mesh, shape: Sequence[int], itemsize: int, logical: Sequ
     return held(ROLLOUT_RULES) - held(AXIS_RULES)
 
 
-def gpu_options() -> dict[str, bool | str] | None:
-    """Compiler options that the programs want on GPU; they go with each program, so that nothing
-    depends on the user's XLA_FLAGS."""
-    if jax.default_backend() != "gpu":
-        return None
-    # cuBLAS beats Triton's matrix products in decoding, by a quarter of the whole loop.
-    return {"xla_gpu_enable_triton_gemm": False}
-
-
-def decode_options() -> dict[str, bool | str] | None:
-    """`gpu_options` for the decode loop: the whole loop as one CUDA graph, so that its many short
-    kernels follow each other without the host."""
-    options = gpu_options()
-    if options is None or jax.device_count() > 1:
-        return options
-    recorded = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-    return options | {"xla_gpu_enable_command_buffer": recorded}
-
-
 def keep_compiled_programs() -> None:
     """Has jax keep compiled programs on disk, so that another start does not compile them again.
 
@@ -234,22 +267,10 @@ def keep_compiled_programs() -> None:
     holds that a program is tied to the very processor, and where ours compile in seconds.
     """
     given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if jax.default_backend() == "cpu" or given is not None:
+    if default_platform() == "cpu" or given is not None:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxgrpo", "programs"))
-
-
-def on_one_device() -> bool:
-    """Whether the program being traced runs on one device: no mesh, or a mesh of one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
-
-
-def batch_parts() -> int:
-    """Into how many parts the mesh of the program being traced splits the batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -16,6 +16,7 @@ from jaxgrpo.config import Config, ConfigError, LoraConfig
 from jaxgrpo.mesh import (
     Purpose,
     batch_shards,
+    default_platform,
     device_of,
     fold_key,
     keep_compiled_programs,
@@ -254,7 +255,7 @@ def resolve_dtype(dtype: str) -> str:
     """`auto` is float32 on CPU, where bfloat16 is emulated, and bfloat16 elsewhere."""
     if dtype != "auto":
         return dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if default_platform() == "cpu" else "bfloat16"
 
 
 def check_divisible(config: Config, mesh: Mesh) -> None:

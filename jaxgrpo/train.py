@@ -25,7 +25,7 @@ from jaxgrpo.evaluate import EvalResult, StoppedError, evaluation_inputs, read_e
 from jaxgrpo.evaluate_run import run_eval, start_policy
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.iteration import Programs, make_programs, run_step
-from jaxgrpo.mesh import to_host
+from jaxgrpo.mesh import peak_memory, to_host
 from jaxgrpo.model.adapters import save_adapter
 from jaxgrpo.processes import any_process, check_agreement, check_shared, first_process
 from jaxgrpo.rank_plan import RankPlan
@@ -309,9 +309,9 @@ def summary(session: Session, result: TrainResult, start_plan: RankPlan) -> dict
 
 def peak_memory_bytes() -> int | None:
     """The device's peak, or the process' where the backend (CPU) does not say."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
+    peak = peak_memory()
+    if peak is not None:
+        return peak
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -19,7 +19,6 @@ from jaxgrpo.bench.measure import Bench, environment
 from jaxgrpo.commands.bench import BENCH
 from jaxgrpo.commands.command import parse_settings
 from jaxgrpo.grpo.step import init_train_state, make_train_step
-from jaxgrpo.mesh import gpu_options
 
 VARIANTS = {"none": (False, False), "1-3": (False, True), "1-4": (True, True)}
 """Views -> whether the step differentiates by the frozen weights, whether it returns the norms."""
@@ -45,7 +44,7 @@ def measure(bench: Bench, by_kernels: bool, keep: bool) -> list[float]:
         state, report = step(state, base, plan, batch)
         return state, report if keep else report.scalars
 
-    run = jax.jit(run, donate_argnums=0, compiler_options=gpu_options())
+    run = jax.jit(run, donate_argnums=0, compiler_options=bench.model.device.options)
     state = init_train_state(jax.tree.map(jnp.array, bench.lora), bench.optimizer)
     batch = bench.make_batch(bench.make_completions())
     times = []

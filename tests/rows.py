@@ -105,4 +105,4 @@ def completion_logprobs(
     index = jnp.minimum(index, tokens.shape[1] - 1)
     hidden = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
     table = head_table(config, base)
-    return token_logprobs(table, hidden, completions, temperature, chunk_tokens)  # type: ignore[return-value]
+    return token_logprobs(table, hidden, completions, temperature, chunk_tokens, config.device)  # type: ignore[return-value]

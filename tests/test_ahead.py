@@ -1,5 +1,6 @@
 """Ahead of time: counts of compiled programs, topologies, what fits, and the slices in tpu/."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxgrpo.ahead.suggest import candidates, describe
 from jaxgrpo.config import ConfigError, MeshConfig
 from jaxgrpo.config_files import load_config
 from jaxgrpo.iteration import shard_batch
-from jaxgrpo.mesh import make_mesh, sharding
+from jaxgrpo.mesh import Device, device_of, make_mesh, sharding
 from jaxgrpo.model.api import Qwen2Config, base_logical_axes, bin_logprobs, init_base
 from jaxgrpo.model.bins import take_bin
 from jaxgrpo.rollout import engine
@@ -246,14 +247,16 @@ def test_more_devices_take_more_places_in_chunks_as_long_as_before():
         rows = random_rows(np.random.default_rng(0), 64, 2 * devices, 1, 5, 28)
         batch = train_batch(rows, shards=devices, advantages=np.ones(2 * devices))
 
-        def loss(base, packing):
+        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
+        model = dataclasses.replace(model, device=device_of(mesh))
+
+        def loss(base, packing, model=model):
             found = bin_logprobs(
                 model, base, None, None, take_bin(packing, jnp.int32(0)),
                 temperature=1.0, chunk_tokens=chunk, remat="full",
             )  # fmt: skip
             return jnp.sum(found[0])
 
-        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
         with jax.set_mesh(mesh):
             base = jax.tree.map(
                 lambda names, x, mesh=mesh: jax.device_put(x, sharding(mesh, names)),
@@ -337,8 +340,11 @@ def test_operations_agree_within_five_percent(program, remat):
 
 def test_batches_that_may_shrink_count_as_if_they_did_not(monkeypatch):
     config = load_config([EMBEDDED_CONFIG], ["rollout.max_completion_tokens=32"])
-    monkeypatch.setattr(engine, "batch_sizes", lambda rows: (rows, rows // 2, rows // 4))
+    monkeypatch.setattr(engine, "MIN_BATCH", 8)
     model, plan = shapes_of(config, None)
+    # What a GPU would run, of a vocabulary for which there is no kernel.
+    model = dataclasses.replace(model, vocab_size=639, device=Device("gpu"))
+    assert len(engine.batch_sizes(config.grpo.rows_per_step, model.device)) == 4
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     counts = count(Lowered(config, model, plan, mesh, "full").compile("rollout").as_text())
     assert counts.flops == pytest.approx(rollout_flops(config, model), rel=0.05)

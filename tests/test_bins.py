@@ -13,7 +13,7 @@ from jaxgrpo.grpo.loss import token_losses, token_weights
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import init_train_state, make_gradients, make_logprobs, make_train_step
 from jaxgrpo.iteration import shard_batch
-from jaxgrpo.mesh import make_mesh, replicate, to_host
+from jaxgrpo.mesh import ONE_CPU, Device, device_of, make_mesh, replicate, to_host
 from jaxgrpo.model import qwen2
 from jaxgrpo.model.api import Qwen2Config, device_plan, init_base, init_lora
 from jaxgrpo.model.attention import causal_attention
@@ -62,10 +62,10 @@ def make_batch(micro_batches=2, shards=1, **options):
 GRPO = GrpoConfig(prompts_per_step=PROMPTS, group_size=GROUP, logprob_chunk_tokens=16)
 
 
-def gradients_of(weights, batch, remat, grpo=GRPO):
+def gradients_of(weights, batch, remat, grpo=GRPO, config=CONFIG):
     base, lora = weights
     gradients = make_gradients(
-        CONFIG, grpo, TEMPERATURE, WIDTH, remat, objective="grpo", by_kernels=True
+        config, grpo, TEMPERATURE, WIDTH, remat, objective="grpo", by_kernels=True
     )
     return jax.jit(gradients)(lora, base, device_plan(PLAN), on_device(batch))
 
@@ -91,16 +91,17 @@ def whole_rows(weights):
     return value, *grads, *scored
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("remat", ["none", "full", "products"])
-def test_packed_gradients_equal_those_of_whole_rows(weights, whole_rows, monkeypatch, fused, remat):
-    """`fused` is what a GPU runs: adapters inside the products, layers written out."""
-    monkeypatch.setattr(qwen2, "fuse_adapters", lambda: fused)
-    monkeypatch.setattr(qwen2, "unroll_layers", lambda remat: fused)
+def test_packed_gradients_equal_those_of_whole_rows(weights, whole_rows, platform, remat):
+    """A GPU's program, run here: adapters inside the products, layers written out."""
+    config = dataclasses.replace(CONFIG, device=Device(platform))
     want = whole_rows
     batch = make_batch()
     assert batch.packing.count > 1
-    loss, grads, kernel_grads, logprobs, entropy = gradients_of(weights, batch, remat)
+    loss, grads, kernel_grads, logprobs, entropy = gradients_of(
+        weights, batch, remat, config=config
+    )
     chex.assert_trees_all_close(loss, want[0], rtol=1e-4, atol=1e-6)
     assert_gradients_close(grads, want[1])
     assert_gradients_close(kernel_grads, want[2])
@@ -111,13 +112,13 @@ def test_packed_gradients_equal_those_of_whole_rows(weights, whole_rows, monkeyp
 def test_eight_devices_compute_packed_rows_as_one_does(weights):
     base, lora = weights
     packed = make_batch(micro_batches=2, shards=4)
-    step = make_train_step(
-        CONFIG, GRPO, TEMPERATURE, WIDTH, "full", make_optimizer(OptimConfig(), 10)
-    )
     optimizer = make_optimizer(OptimConfig(), 10)
+    step = make_train_step(CONFIG, GRPO, TEMPERATURE, WIDTH, "full", optimizer)
     state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
     one = to_host(step(state, base, device_plan(PLAN), on_device(packed))[1])
     mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+    config = dataclasses.replace(CONFIG, device=device_of(mesh))
+    step = make_train_step(config, GRPO, TEMPERATURE, WIDTH, "full", optimizer)
     with jax.set_mesh(mesh):
         state = init_train_state(replicate(mesh, lora), optimizer)
         rows = shard_batch(mesh, packed)
@@ -177,7 +178,7 @@ def _only_rows(x, lengths, rest):
 @jax.custom_vjp
 def attention_of_rows_alone(q, k, v, lengths):
     """As cuDNN's: what is off the rows is not used, and NaN in output and gradients."""
-    return _only_rows(causal_attention(q, k, v, None), lengths, jnp.nan)
+    return _only_rows(causal_attention(q, k, v, None, None, ONE_CPU), lengths, jnp.nan)
 
 
 def _attention_forward(q, k, v, lengths):
@@ -186,7 +187,7 @@ def _attention_forward(q, k, v, lengths):
 
 def _attention_backward(saved, dy):
     *inputs, lengths = saved
-    _, back = jax.vjp(lambda q, k, v: causal_attention(q, k, v, None), *inputs)
+    _, back = jax.vjp(lambda q, k, v: causal_attention(q, k, v, None, None, ONE_CPU), *inputs)
     grads = back(_only_rows(dy, lengths, 0.0))
     return *(_only_rows(dx, lengths, jnp.nan) for dx in grads), None
 
@@ -200,7 +201,7 @@ def test_nothing_off_the_rows_is_used(weights, monkeypatch):
     monkeypatch.setattr(
         qwen2,
         "causal_attention",
-        lambda q, k, v, mask, lengths: attention_of_rows_alone(q, k, v, lengths),
+        lambda q, k, v, mask, lengths, device: attention_of_rows_alone(q, k, v, lengths),
     )
     loss, grads, *_ = gradients_of(weights, packed, "full")
     chex.assert_trees_all_close(loss, want[0], rtol=1e-6)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config import MODULES, RolloutConfig
-from jaxgrpo.mesh import MeshConfig, Purpose, fold_key, make_mesh, shard_rows, to_host
+from jaxgrpo.mesh import Device, MeshConfig, Purpose, fold_key, make_mesh, shard_rows, to_host
 from jaxgrpo.model.api import (
     Qwen2Config,
     device_plan,
@@ -51,11 +51,11 @@ def _prompts(prompts=4, slots=7):
     return tokens, np.arange(slots)[None, :] >= slots - lengths[:, None]
 
 
-def _generate(stop=NEVER, key=0, rollout=None, prompts=None, caps=None):
+def _generate(stop=NEVER, key=0, rollout=None, prompts=None, caps=None, config=CONFIG):
     rollout = rollout or RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
-    weights = make_decode_weights(CONFIG, _base(), _lora(), device_plan(PLAN))
+    weights = make_decode_weights(config, _base(), _lora(), device_plan(PLAN))
     tokens, mask = prompts or _prompts()
-    generate = make_generate(CONFIG, rollout, stop, GROUP)
+    generate = make_generate(config, rollout, stop, GROUP)
     out = generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(key), caps)
     check_rollout(out)
     return jax.tree.map(np.asarray, out)
@@ -136,8 +136,10 @@ def test_a_shrinking_batch_changes_nothing(monkeypatch):
     """What one GPU does when rows have ended: the others go on in smaller and smaller batches."""
     caps = jnp.asarray([12, 1, 3, 5, 2, 2, 9, 1, 4, 12, 7, 2])
     want = _generate(StopRules((5, 9)), caps=caps)
-    monkeypatch.setattr(engine, "batch_sizes", lambda rows: (rows, 6, 3, 1))
-    got = _generate(StopRules((5, 9)), caps=caps)
+    monkeypatch.setattr(engine, "MIN_BATCH", 3)
+    config = dataclasses.replace(CONFIG, device=Device("gpu"))
+    assert engine.batch_sizes(12, config.device) == (12, 6, 3)
+    got = _generate(StopRules((5, 9)), caps=caps, config=config)
     chex.assert_trees_all_equal(got.tokens, want.tokens)
     chex.assert_trees_all_close(got, want, atol=1e-5, rtol=0)
     assert (got.lengths <= caps).all()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from jaxgrpo.mesh import ONE_CPU
 from jaxgrpo.model.block_statistics import (
     block_statistics,
     block_sums,
@@ -150,7 +151,7 @@ def test_the_kernel_of_block_statistics_computes_what_two_passes_do(blocks):
     logits = RNG.normal(size=(3, 128 * blocks)).astype(np.float32) * 8
     logits[1, :256] = -np.inf
     top, sums, _ = kernel_statistics(jnp.asarray(logits), 0.7, entropy=False, interpret=True)
-    want = block_statistics(jnp.asarray(logits), 0.7)
+    want = block_statistics(jnp.asarray(logits), 0.7, ONE_CPU)
     chex.assert_trees_all_close((top, sums), want, rtol=2e-6, atol=1e-6)
 
 
@@ -159,4 +160,4 @@ def test_the_kernel_computes_the_entropys_sum_too(blocks):
     logits = jnp.asarray(RNG.normal(size=(3, 128 * blocks)).astype(np.float32) * 8)
     top, sums, moments = kernel_statistics(logits, 0.7, entropy=True, interpret=True)
     got = (top, sums.sum(axis=1), moments.sum(axis=1))
-    chex.assert_trees_all_close(got, row_statistics(logits, 0.7), rtol=5e-6, atol=1e-5)
+    chex.assert_trees_all_close(got, row_statistics(logits, 0.7, ONE_CPU), rtol=5e-6, atol=1e-5)

@@ -17,6 +17,7 @@ from jaxgrpo.mesh import (
     Purpose,
     batch_shards,
     constrain,
+    device_of,
     fold_key,
     make_mesh,
     partition_spec,
@@ -48,6 +49,10 @@ CONFIG = Qwen2Config(
 )
 
 
+def config_on(mesh):
+    return dataclasses.replace(CONFIG, device=device_of(mesh))
+
+
 def _is_axes(x):
     return isinstance(x, tuple)
 
@@ -76,24 +81,26 @@ def test_eight_devices_equal_one(sizes):
     packed = train_batch(rows, shards=batch_shards(mesh), advantages=np.ones(8))
     assert packed.packing.count == 1
 
-    def loss(lora, base, plan, packing):
+    def loss(config, lora, base, plan, packing):
         packing = take_bin(packing, jnp.int32(0))
         logprobs, entropy = (
             completions_from_bins(found, packing, 5)
             for found in bin_logprobs(
-                CONFIG, base, lora, plan, packing, temperature=1.0, chunk_tokens=16, remat="full"
+                config, base, lora, plan, packing, temperature=1.0, chunk_tokens=16, remat="full"
             )
         )
         return jnp.mean(logprobs), entropy
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    single = to_host(step(lora, base, device_plan(plan), on_device(packed).packing))
+    step = jax.jit(jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=0)
+    single = to_host(step(CONFIG, lora, base, device_plan(plan), on_device(packed).packing))
     with jax.set_mesh(mesh):
         put = lambda axes, x: jax.device_put(x, sharding(mesh, axes))  # noqa: E731
         sharded_base = jax.tree.map(put, base_logical_axes(CONFIG), base, is_leaf=_is_axes)
         sharded_lora = jax.tree.map(put, lora_logical_axes(plan.modules), lora, is_leaf=_is_axes)
         packing = shard_batch(mesh, packed).packing
-        many = to_host(step(sharded_lora, sharded_base, device_plan(plan), packing))
+        many = to_host(
+            step(config_on(mesh), sharded_lora, sharded_base, device_plan(plan), packing)
+        )
     chex.assert_trees_all_close(single, many, atol=2e-5, rtol=1e-4)
 
 
@@ -144,7 +151,7 @@ def fresh_state(mesh):
 
 def two_steps(mesh, state=None):
     """Two whole iterations, rollout to update: tokens, losses, norms and the state after each."""
-    model = CONFIG
+    model = config_on(mesh)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 64, (8, SLOTS)).astype(np.int32)
     mask = np.arange(SLOTS)[None, :] >= rng.integers(0, SLOTS, 8)[:, None]
@@ -223,7 +230,7 @@ def test_the_samplers_weights_are_gathered_over_fsdp_and_their_bytes_are_known()
     mesh = make_mesh(MeshConfig(2, 2, 2))
     base = place(mesh, base_logical_axes(CONFIG), init_base(CONFIG, jax.random.key(0)))
     with jax.set_mesh(mesh):
-        weights = make_decode_weights(CONFIG, base, None, None)
+        weights = make_decode_weights(config_on(mesh), base, None, None)
         used = {axis for x in jax.tree.leaves(weights) for axis in x.sharding.spec if axis}
         assert used == {"model"}
         # Key and value heads are fewer than a model axis may be long: every device has them all.

@@ -19,7 +19,7 @@ from jaxgrpo.config import ConfigError, GrpoConfig, MeshConfig, OptimConfig
 from jaxgrpo.grpo.optimizer import learning_rate_at, make_optimizer
 from jaxgrpo.grpo.step import init_train_state, make_logprobs, make_train_step, packing_metrics
 from jaxgrpo.iteration import pack_batch, shard_batch
-from jaxgrpo.mesh import batch_shards, make_mesh, replicate, sharding
+from jaxgrpo.mesh import ONE_CPU, Device, batch_shards, device_of, make_mesh, replicate, sharding
 from jaxgrpo.model.api import (
     Qwen2Config,
     base_logical_axes,
@@ -84,10 +84,13 @@ def batch() -> TrainBatch:
 
 
 @functools.cache
-def make_step(optim: OptimConfig | None = None, **changes) -> tuple[Any, Any]:
+def make_step(
+    optim: OptimConfig | None = None, device: Device = ONE_CPU, **changes
+) -> tuple[Any, Any]:
     grpo = GrpoConfig(logprob_chunk_tokens=16, **changes)
     optimizer = make_optimizer(optim or OptimConfig(learning_rate=1e-2), 10)
-    return make_train_step(MODEL, grpo, TEMPERATURE, WIDTH, "none", optimizer), optimizer
+    model = dataclasses.replace(MODEL, device=device)
+    return make_train_step(model, grpo, TEMPERATURE, WIDTH, "none", optimizer), optimizer
 
 
 def copy(tree):
@@ -302,7 +305,7 @@ def test_eight_devices_are_one_and_keep_the_state_in_place(base, lora):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2), jax.devices()[:8])
     batch = make_batch(micro_batches=2, shards=batch_shards(mesh))
     expected_state, expected = run_once(base, lora, batch)
-    step, optimizer = make_step()
+    step, optimizer = make_step(device=device_of(mesh))
     with jax.set_mesh(mesh):
         lora = place(mesh, lora, lora_logical_axes(tuple(lora)))
         base = place(mesh, base, base_logical_axes(MODEL))

@@ -106,7 +106,13 @@ def needed(config: Config, model: Qwen2Config, plan: RankPlan, topology: Topolog
     """Bytes per chip by formula: the most that any phase holds."""
     mesh = config.mesh
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "model": mesh.model}
-    device = Device("tpu", topology.chips, mesh.data * mesh.fsdp, topology.chip.hbm_bytes)
+    device = Device(
+        "tpu",
+        topology.chip.name,
+        topology.chips,
+        mesh.data * mesh.fsdp,
+        topology.chip.hbm_bytes,
+    )
     model = dataclasses.replace(model, device=device)
     return foretell(config, model, plan, sizes, remat_of_run(config, model)).peak
 

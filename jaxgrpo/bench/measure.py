@@ -32,7 +32,7 @@ from jaxgrpo.grpo.step import (
     make_train_step,
 )
 from jaxgrpo.iteration import pack_batch
-from jaxgrpo.mesh import device_of, gpu_options, keep_compiled_programs, make_mesh, to_host
+from jaxgrpo.mesh import device_of, keep_compiled_programs, make_mesh, peak_memory, to_host
 from jaxgrpo.model.api import (
     PRESETS,
     Qwen2Config,
@@ -128,7 +128,7 @@ class Bench:
             "rollout_tokens_per_s": int(self.lengths.sum()) / seconds,
             "token_step_ms": 1e3 * seconds / width,
         }
-        card = CARDS.get(jax.devices()[0].device_kind)
+        card = CARDS.get(self.model.device.kind)
         if card is not None and self.config.bench.lengths == "equal":
             group = self.config.grpo.group_size
             floor = decode_seconds(self.model, card, prompts, group, length, width)
@@ -238,7 +238,7 @@ class Bench:
     def _parts_of_sampling(self) -> dict[str, float]:
         """Merging and prefill by themselves; the rest of a rollout is decoding."""
         weights = self._decode_weights(self.lora)
-        run = jax.jit(prefill, static_argnums=0, compiler_options=gpu_options())
+        run = jax.jit(prefill, static_argnums=0, compiler_options=self.model.device.options)
         tokens, mask = jnp.asarray(self.prompts.tokens), jnp.asarray(self.prompts.mask)
         return {
             "merge_s": self._time(lambda: self._decode_weights(self.lora))[1],
@@ -264,7 +264,7 @@ class Bench:
                 objective="grpo",
                 by_kernels=False,
             ),
-            compiler_options=gpu_options(),
+            compiler_options=self.model.device.options,
         )
         run = (self.lora, self.base, self.plan, batch)
         return {
@@ -295,8 +295,8 @@ class Bench:
         return seconds[0], statistics.median(seconds[1:])
 
     def _memory(self) -> dict[str, float]:
-        stats = jax.local_devices()[0].memory_stats()
-        return {"peak_memory_gib": stats["peak_bytes_in_use"] / 2**30} if stats else {}
+        peak = peak_memory()
+        return {} if peak is None else {"peak_memory_gib": peak / 2**30}
 
     def _kernels(self, run: Callable[[], Any]) -> dict[str, Any]:
         if self.config.bench.profile is None:

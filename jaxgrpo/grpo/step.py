@@ -22,7 +22,7 @@ from jaxgrpo.grpo.layer_grad_norms import layer_grad_norms
 from jaxgrpo.grpo.loss import loss_metrics, token_losses, token_weights
 from jaxgrpo.grpo.optimizer import learning_rate_in
 from jaxgrpo.grpo.sensitivity import init_sensitivity, update_sensitivity
-from jaxgrpo.mesh import constrain, gpu_options
+from jaxgrpo.mesh import constrain
 from jaxgrpo.model.api import (
     Qwen2Config,
     bin_logprobs,
@@ -100,7 +100,7 @@ def make_train_step(
         by_kernels=weight_grad_norms,
     )
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=gpu_options())
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=model_config.device.options)
     def train_step(
         state: TrainState, base: Tree, plan: LoraPlan, batch: TrainBatch
     ) -> tuple[TrainState, StepMetrics]:
@@ -198,7 +198,7 @@ def make_gradients(
         kind = grpo.loss if objective == "grpo" else "dapo"
         weights = token_weights(kind, batch.loss_mask, max_completion_tokens)
         policy = remat_of_batch(model_config, remat, batch.packing, grpo.logprob_chunk_tokens)
-        joined = join_adapters(base, lora, plan, policy)
+        joined = join_adapters(model_config, base, lora, plan, policy)
 
         def loss_of_bin(point: Point, number: Array) -> tuple[Array, tuple[Packing, Any]]:
             rows, weighted = batch_of_bin(batch, weights, number)
@@ -273,13 +273,13 @@ def make_logprobs(
     """
     _check_temperature(temperature)
 
-    @functools.partial(jax.jit, compiler_options=gpu_options())
+    @functools.partial(jax.jit, compiler_options=model_config.device.options)
     def logprobs(
         base: Tree, lora: Tree | None, plan: LoraPlan | None, batch: TrainBatch
     ) -> Float[Array, "B C"]:
         joined = None
         if lora is not None and plan is not None:
-            joined = join_adapters(base, lora, plan, remat)
+            joined = join_adapters(model_config, base, lora, plan, remat)
         width = batch.loss_mask.shape[1]
 
         def score(number: Array, into: Array) -> Array:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import MODULES
-from jaxgrpo.mesh import batch_parts, on_one_device, rollout_bytes, to_rollout_layout
+from jaxgrpo.mesh import check_device, rollout_bytes, to_rollout_layout
 from jaxgrpo.model.attention import rotary_tables
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.kv_cache import LayerCache, cache_slots, init_completion_cache
@@ -168,8 +168,15 @@ def bin_logprobs(
     hidden = Qwen2(config, remat).apply(variables, packing.tokens, packing.positions, None, packing)
     # What is split over fsdp is gathered here, once, and not in every chunk.
     table = to_rollout_layout(head_table(config, base), ("vocab", "embed"))
-    chunk_tokens *= batch_parts()
-    return token_logprobs(table, hidden, packing.targets, temperature, chunk_tokens)  # type: ignore[arg-type]
+    chunk_tokens *= config.device.batch_shards
+    return token_logprobs(
+        table,
+        hidden,  # type: ignore[arg-type]
+        packing.targets,
+        temperature,
+        chunk_tokens,
+        config.device,
+    )
 
 
 def _variables(
@@ -193,6 +200,7 @@ def make_decode_weights(
 ) -> Tree:
     """The sampler's copy of the weights: layers unstacked, the adapters carried along; without
     lora and plan the base model."""
+    check_device(config.device)
     adapters: Tree = {} if lora is None else lora
     ranks: Tree = {} if plan is None else plan_collection(plan)
     stacked = (base["layers"], adapters, ranks)
@@ -201,7 +209,7 @@ def make_decode_weights(
         for i in range(config.num_layers)
     )
     weights = {**base, "layers": layers}
-    if on_one_device():
+    if config.device.count == 1:
         return weights
     axes = _decode_axes(config, tuple(adapters))
     # The axes stand in for leaves on the left, which is why they come first.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxgrpo.mesh import Device
 from jaxgrpo.model.presets import Qwen2Config
 
 Rope = tuple[jax.Array, jax.Array]
@@ -35,7 +36,8 @@ def causal_attention(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     mask: Bool[Array, "B T"] | None,
-    lengths: Int[Array, " B"] | None = None,
+    lengths: Int[Array, " B"] | None,
+    device: Device,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query causal attention.
 
@@ -45,7 +47,7 @@ def causal_attention(
             nothing, in the gradient as well.
     """
     # cuDNN's kernel has no float32 form and wants no explicit mask; plain XLA takes everything.
-    if mask is None and q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+    if mask is None and q.dtype == jnp.bfloat16 and device.platform == "gpu":
         return jax.nn.dot_product_attention(
             q,
             k,

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from jaxgrpo.mesh import on_one_device
+from jaxgrpo.mesh import Device
 
 BLOCK = 128
 """Vocabulary entries per block of the two-level search; it divides Qwen2.5's vocabularies."""
@@ -26,11 +26,11 @@ _TILE = 8
 
 
 def block_statistics(
-    logits: Float[Array, "B V"], temperature: float
+    logits: Float[Array, "B V"], temperature: float, device: Device
 ) -> tuple[Float[Array, " B"], Float[Array, "B n"]]:
     """Each row's largest score, and exp(score - largest) summed by block; score is
     logit / temperature."""
-    if _use_kernel(logits.shape[1]):
+    if _use_kernel(logits.shape[1], device):
         top, sums, _ = kernel_statistics(logits, temperature, entropy=False)
         return top, sums
     scores = logits / temperature
@@ -39,11 +39,11 @@ def block_statistics(
 
 
 def row_statistics(
-    logits: Float[Array, "... V"], temperature: float
+    logits: Float[Array, "... V"], temperature: float, device: Device
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
     """Each row's largest score, the sum of w = exp(score - largest), and that of
     w * (score - largest); score is logit / temperature."""
-    if _use_kernel(logits.shape[-1]):
+    if _use_kernel(logits.shape[-1], device):
         rows = logits.reshape(-1, logits.shape[-1])
         top, sums, moments = kernel_statistics(rows, temperature, entropy=True)
         assert moments is not None
@@ -56,8 +56,8 @@ def row_statistics(
     return top, jnp.sum(weights, axis=-1), jnp.sum(weights * shifted, axis=-1)
 
 
-def _use_kernel(vocab: int) -> bool:
-    return vocab % BLOCK == 0 and jax.default_backend() == "gpu" and on_one_device()
+def _use_kernel(vocab: int, device: Device) -> bool:
+    return vocab % BLOCK == 0 and device.single_gpu
 
 
 def block_sums(scores: Float[Array, "B V"], top: Float[Array, " B"]) -> Float[Array, "B n"]:

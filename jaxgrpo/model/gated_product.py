@@ -23,7 +23,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgrpo.mesh import on_one_device
+from jaxgrpo.model.presets import Qwen2Config
 
 ROWS = 256
 """Rows of a tile. Other batches go through cuBLAS, which was as fast with 128 and with 512."""
@@ -38,34 +38,35 @@ _STAGES, _STORED = 4, 64
 """Stages; rows that a warpgroup writes at a time."""
 
 
-def use_tiles(dtype: jnp.dtype) -> bool:
+def use_tiles(config: Qwen2Config) -> bool:
     """Whether the sampler's weights are laid out for the kernel."""
-    if dtype != jnp.bfloat16 or jax.default_backend() != "gpu" or not on_one_device():
-        return False
-    return jax.devices()[0].compute_capability == "9.0"  # type: ignore[attr-defined]
+    device = config.device
+    return config.compute_dtype == jnp.bfloat16 and device.single_gpu and device.capability == "9.0"
 
 
-def tile_width(features: int) -> int:
-    """The `half` that takes least time: waves of tiles, each as long as its width and a start."""
-    multiprocessors = getattr(jax.devices()[0], "core_count", 132)
+def tile_width(features: int, cores: int) -> int:
+    """The `half` that takes least time on so many multiprocessors: waves of tiles, each as long as
+    its width and a start."""
 
     def cost(half: int) -> int:
         tiles = -(-features // half)
-        return -(-tiles // multiprocessors) * (half + 16)
+        return -(-tiles // cores) * (half + 16)
 
     return min(_WIDTHS, key=cost)
 
 
-def padded_width(features: int) -> int:
+def padded_width(features: int, cores: int) -> int:
     """Columns of the kernel's result for `features` gate columns."""
-    half = tile_width(features)
+    half = tile_width(features, cores)
     return -(-features // half) * half
 
 
-def make_tiles(gate: Float[Array, "D F"], up: Float[Array, "D F"]) -> Float[Array, "n 2 half D"]:
-    """Both in the kernel's layout."""
-    features, half = gate.shape[1], tile_width(gate.shape[1])
-    missing = padded_width(features) - features
+def make_tiles(
+    gate: Float[Array, "D F"], up: Float[Array, "D F"], cores: int
+) -> Float[Array, "n 2 half D"]:
+    """Both in the kernel's layout, for a card of so many multiprocessors."""
+    features, half = gate.shape[1], tile_width(gate.shape[1], cores)
+    missing = padded_width(features, cores) - features
     cut = (jnp.pad(x, ((0, 0), (0, missing))).reshape(len(x), -1, half) for x in (gate, up))
     return jnp.stack(list(cut), axis=2).transpose(1, 2, 3, 0)
 

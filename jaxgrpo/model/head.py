@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgrpo.mesh import constrain
+from jaxgrpo.mesh import Device, constrain
 from jaxgrpo.model.block_statistics import row_statistics
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def token_logprobs(
     table: Float[Array, "V D"],
     hidden: Float[Array, "B C D"],
     targets: Int[Array, "B C"],
     temperature: float,
     chunk_tokens: int,
+    device: Device,
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """Log-prob of `targets` and entropy under softmax(hidden @ table.T / temperature), float32.
 
@@ -32,16 +33,21 @@ def token_logprobs(
     """
 
     def chunk(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return _statistics(table, *xs, temperature)[0]
+        return _statistics(table, *xs, temperature, device)[0]
 
     return _by_chunks(chunk, (hidden, targets), chunk_tokens)
 
 
 def _forward(
-    table: jax.Array, hidden: jax.Array, targets: jax.Array, temperature: float, chunk_tokens: int
+    table: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    temperature: float,
+    chunk_tokens: int,
+    device: Device,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     def chunk(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        (logprobs, entropy), probabilities = _statistics(table, *xs, temperature)
+        (logprobs, entropy), probabilities = _statistics(table, *xs, temperature, device)
         mean = jnp.einsum(
             "bcv,vd->bcd",
             probabilities.astype(table.dtype),
@@ -56,7 +62,7 @@ def _forward(
 
 
 def _backward(
-    temperature: float, chunk_tokens: int, slopes: jax.Array, cotangents: tuple
+    temperature: float, chunk_tokens: int, device: Device, slopes: jax.Array, cotangents: tuple
 ) -> tuple[None, jax.Array, None]:
     d_logprobs, _ = cotangents
     return None, (d_logprobs[..., None] * slopes).astype(slopes.dtype), None
@@ -66,12 +72,12 @@ token_logprobs.defvjp(_forward, _backward)
 
 
 def _statistics(
-    table: jax.Array, hidden: jax.Array, targets: jax.Array, temperature: float
+    table: jax.Array, hidden: jax.Array, targets: jax.Array, temperature: float, device: Device
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """((log-probs, entropy), probabilities) of one chunk."""
     scores = jnp.einsum("bcd,vd->bcv", hidden, table, preferred_element_type=jnp.float32)
     scores = constrain(scores, "act_batch", "act_length", "act_vocab")
-    top, total, moment = row_statistics(scores, temperature)
+    top, total, moment = row_statistics(scores, temperature, device)
     picked = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0] / temperature
     log_total = jnp.log(total)
     probabilities = jnp.exp(scores / temperature - top[..., None]) / total[..., None]

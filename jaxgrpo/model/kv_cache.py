@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgrpo.mesh import on_one_device
 from jaxgrpo.model.decode_attention import BLOCK
 from jaxgrpo.model.presets import Qwen2Config
 
@@ -20,7 +19,7 @@ LayerCache = dict[str, jax.Array]
 
 def init_completion_cache(config: Qwen2Config, rows: int, slots: int) -> tuple[LayerCache, ...]:
     """Empty caches, one per layer."""
-    slots = cache_slots(slots, config.compute_dtype)
+    slots = cache_slots(config, slots)
     shape = (rows, config.num_kv_heads, slots, config.head_dim)
     return tuple(
         {name: jnp.zeros(shape, config.compute_dtype) for name in ("k", "v")}
@@ -37,14 +36,14 @@ def write_slot(cache: LayerCache, k: jax.Array, v: jax.Array, slot: jax.Array) -
     }
 
 
-def use_kernel(dtype: jnp.dtype) -> bool:
+def use_kernel(config: Qwen2Config) -> bool:
     """Whether `decode_attention` serves: it has no float32 form and knows one device."""
-    return dtype == jnp.bfloat16 and jax.default_backend() == "gpu" and on_one_device()
+    return config.compute_dtype == jnp.bfloat16 and config.device.single_gpu
 
 
-def cache_slots(slots: int, dtype: jnp.dtype) -> int:
+def cache_slots(config: Qwen2Config, slots: int) -> int:
     """`slots`, or what the kernel's blocks need."""
-    return -(-slots // BLOCK) * BLOCK if use_kernel(dtype) else slots
+    return -(-slots // BLOCK) * BLOCK if use_kernel(config) else slots
 
 
 def plain_attention(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgrpo.mesh import constrain
+from jaxgrpo.mesh import check_device, constrain
 from jaxgrpo.model.attention import Rope, apply_rotary, causal_attention, rotary_tables
 from jaxgrpo.model.bins import bins_from_rows, row_lengths, rows_from_bins
 from jaxgrpo.model.lora import (
@@ -23,7 +23,7 @@ from jaxgrpo.model.lora import (
     project_joined,
 )
 from jaxgrpo.model.presets import Qwen2Config
-from jaxgrpo.model.remat import checkpoint_policy, fuse_adapters, unroll_layers
+from jaxgrpo.model.remat import checkpoint_policy, unroll_layers
 from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.types import LoraPlan, Packing, Tree
 
@@ -64,12 +64,12 @@ class RMSNorm(nn.Module):
 
 
 def join_adapters(
-    base: Tree, lora: Tree, plan: LoraPlan, remat: str
+    config: Qwen2Config, base: Tree, lora: Tree, plan: LoraPlan, remat: str
 ) -> Tree | tuple[Tree, ...] | None:
     """Each layer's matrices for `fused_product`: made once a step, where every micro-batch would
     write them anew in either direction. Stacked, or a tuple of one tree per layer where `remat`
     writes layers out; None where adapters are not fused."""
-    if not fuse_adapters():
+    if not config.device.single_gpu:
         return None
     groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
     stacked = {
@@ -77,7 +77,7 @@ def join_adapters(
         for modules in groups
         if any(module in lora for module in modules)
     }
-    if not unroll_layers(remat):
+    if not unroll_layers(config, remat):
         return stacked
     layers = len(next(iter(stacked.values())).a)
     return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers))
@@ -106,7 +106,8 @@ class Block(nn.Module):
         for module in dense:
             module.watch(x)
         weights = [module.weights() for module in dense]
-        return project(x, weights, fused=fuse_adapters(), joined=self._matrix_of(modules))
+        fused = self.config.device.single_gpu
+        return project(x, weights, fused=fused, joined=self._matrix_of(modules))
 
     def _matrix_of(self, modules: tuple[str, ...]) -> Joined | None:
         """`join_adapters`' matrix, if it was made."""
@@ -129,7 +130,7 @@ class Block(nn.Module):
     def _gated(self, h: jax.Array) -> jax.Array:
         """silu(gate) * up."""
         modules = ("gate_proj", "up_proj")
-        if fuse_adapters():
+        if self.config.device.single_gpu:
             weights = [getattr(self, module).weights() for module in modules]
             both = project_joined(h, weights, self._matrix_of(modules))
             return swiglu(checkpoint_name(both, "gate_up"))
@@ -149,9 +150,9 @@ class Block(nn.Module):
             q, k, v = (rows_from_bins(y, packing) for y in (q, k, v))
         q = constrain(q, "act_batch", "act_length", "act_heads", "head_dim")
         if packing is None:
-            attended = causal_attention(q, k, v, mask)
+            attended = causal_attention(q, k, v, mask, None, self.config.device)
         else:
-            attended = causal_attention(q, k, v, None, row_lengths(packing))
+            attended = causal_attention(q, k, v, None, row_lengths(packing), self.config.device)
             attended = bins_from_rows(attended, packing)
         x = self._finish(x, checkpoint_name(attended, "attended"))
         return constrain(x, "act_batch", "act_length", "act_embed"), None
@@ -172,6 +173,7 @@ class Qwen2(nn.Module):
         packing: Packing | None = None,
     ) -> Float[Array, "B T D"]:
         config = self.config
+        check_device(config.device)
         dtype = config.compute_dtype
         table = self.param(
             "embed_tokens",
@@ -184,7 +186,7 @@ class Qwen2(nn.Module):
             self.param("lm_head", nn.initializers.normal(0.02), shape, dtype)
         x = constrain(jnp.take(table, tokens, axis=0), "act_batch", "act_length", "act_embed")
         rope = rotary_tables(config, positions)
-        if unroll_layers(self.remat) and not self.is_mutable_collection("moments"):
+        if unroll_layers(config, self.remat) and not self.is_mutable_collection("moments"):
             x = self._written_out(x, rope, mask, packing)
             return RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
         layers = nn.scan(

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from jaxgrpo.mesh import on_one_device
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.types import Packing
 
@@ -31,18 +30,13 @@ def _keep_products(primitive: Any, *args: Any, **params: Any) -> Any:
     return _keep_named(primitive, *args, **params)
 
 
-def fuse_adapters() -> bool:
-    """Whether adapters are worth their place inside the frozen products (`lora.fused_product`)."""
-    return on_one_device() and jax.default_backend() == "gpu"
-
-
-def unroll_layers(remat: str) -> bool:
+def unroll_layers(config: Qwen2Config, remat: str) -> bool:
     """Whether training writes its layers out one after another.
 
     A loop stacks what it keeps for the backward pass, which on GPU costs two more copies of every
     kept value. With nothing kept the loop is as fast and compiles in a fraction of the time.
     """
-    return remat in ("none", "products") and on_one_device() and jax.default_backend() == "gpu"
+    return remat in ("none", "products") and config.device.single_gpu
 
 
 def kept_bytes_per_token(config: Qwen2Config) -> int:

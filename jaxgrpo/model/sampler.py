@@ -9,14 +9,13 @@ product costs its start.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgrpo.mesh import constrain, on_one_device
+from jaxgrpo.mesh import constrain
 from jaxgrpo.model.attention import Rope, apply_rotary, causal_attention
 from jaxgrpo.model.decode_attention import decode_attention
 from jaxgrpo.model.gated_product import (
@@ -66,24 +65,24 @@ def sampler_layer(config: Qwen2Config, layer: Tree, lora: Tree, plan: Tree) -> T
         for module, ab in lora.items()
     }
     norms = {name: layer[name]["scale"] for name in ("input_layernorm", "post_attention_layernorm")}
-    if not on_one_device():
+    if config.device.count > 1:
         # Kernels are split along what would join them.
         return norms | {m: _apart(layer[m], adapters.get(m)) for m in config.module_shapes}
-    dtype = config.compute_dtype
-    kernel = use_kernel(dtype)
-    down, tiled = layer["down_proj"]["kernel"], use_tiles(dtype)
+    cores = config.device.cores
+    inner = INNER if use_kernel(config) else 1
+    down, tiled = layer["down_proj"]["kernel"], use_tiles(config)
     missing = 0
     if tiled:
         features = config.intermediate_size
-        missing = padded_width(features) - features
+        missing = padded_width(features, cores) - features
         down = jnp.pad(down, ((0, missing), (0, 0)))
     return norms | {
-        "qkv": _under(layer, adapters, TOGETHER["qkv"], INNER if kernel else 1),
-        "gate_up": _tiles(layer, adapters)
+        "qkv": under(layer, adapters, TOGETHER["qkv"], inner),
+        "gate_up": tiles(layer, adapters, cores)
         if tiled
-        else _under(layer, adapters, TOGETHER["gate_up"], INNER if kernel else 1),
-        "o_proj": _beside(layer["o_proj"]["kernel"], adapters.get("o_proj")),
-        "down_proj": _beside(down, adapters.get("down_proj"), missing),
+        else under(layer, adapters, TOGETHER["gate_up"], inner),
+        "o_proj": beside(layer["o_proj"]["kernel"], adapters.get("o_proj")),
+        "down_proj": beside(down, adapters.get("down_proj"), missing),
     }
 
 
@@ -107,7 +106,7 @@ def _together(
     return kernels, (a, b)
 
 
-def _under(
+def under(
     layer: Tree, adapters: dict[str, Adapter], modules: tuple[str, ...], multiple: int
 ) -> Linear:
     """[W; b] for `modules`, and a."""
@@ -121,22 +120,22 @@ def _under(
     return Linear(jnp.concatenate([kernel, adapter[1]], axis=0), bias, a=adapter[0])
 
 
-def _tiles(layer: Tree, adapters: dict[str, Adapter]) -> Linear:
-    """Gate and up in `gated_product`'s layout, b under them as in `_under`."""
+def tiles(layer: Tree, adapters: dict[str, Adapter], cores: int) -> Linear:
+    """Gate and up in `gated_product`'s layout, b under them as in `under`."""
     modules = TOGETHER["gate_up"]
     kernels, adapter = _together(layer, adapters, modules, STEP)
     if adapter is None:
-        return Linear(make_tiles(*kernels))
+        return Linear(make_tiles(kernels[0], kernels[1], cores))
     a, b = adapter
     width = kernels[0].shape[1]
     gate, up = (
         jnp.concatenate([kernel, part], axis=0)
         for kernel, part in zip(kernels, (b[:, :width], b[:, width:]), strict=True)
     )
-    return Linear(make_tiles(gate, up), a=a)
+    return Linear(make_tiles(gate, up, cores), a=a)
 
 
-def _beside(kernel: jax.Array, adapter: Adapter | None, missing: int = 0) -> Linear:
+def beside(kernel: jax.Array, adapter: Adapter | None, missing: int = 0) -> Linear:
     """[W | a], with so many rows of zeros under a, and b."""
     if adapter is None:
         return Linear(kernel)
@@ -145,15 +144,15 @@ def _beside(kernel: jax.Array, adapter: Adapter | None, missing: int = 0) -> Lin
     return Linear(jnp.concatenate([kernel, a], axis=1), b=b)
 
 
-def linear(x: Float[Array, "... i"], weights: Linear) -> Float[Array, "... o"]:
+def linear(config: Qwen2Config, x: Float[Array, "... i"], weights: Linear) -> Float[Array, "... o"]:
     """x W + (x a) b + bias; of tiles silu(gate) * up."""
     kernel, bias, a, b = weights
     if kernel.ndim == 4:
-        return gated_product(x if a is None else _beside_inner(x, a), kernel)
+        return gated_product(x if a is None else _beside_inner(config, x, a), kernel)
     if a is not None and b is not None:
         y = x @ kernel + (x @ a) @ b
     elif a is not None:
-        y = _beside_inner(x, a) @ kernel
+        y = _beside_inner(config, x, a) @ kernel
     elif b is not None:
         y, inner = jnp.split(x @ kernel, [b.shape[1]], axis=-1)
         # Left to what comes next: put into the product, the other summand had to be copied first.
@@ -163,10 +162,10 @@ def linear(x: Float[Array, "... i"], weights: Linear) -> Float[Array, "... o"]:
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _beside_inner(x: jax.Array, a: jax.Array) -> jax.Array:
+def _beside_inner(config: Qwen2Config, x: jax.Array, a: jax.Array) -> jax.Array:
     """[x | x a]. For few rows the inner axis is cut into parts that the card computes side by
     side: the thin product by itself keeps a handful of its multiprocessors busy."""
-    if x.ndim != 2 or not use_kernel(x.dtype):
+    if x.ndim != 2 or not use_kernel(config):
         return jnp.concatenate([x, x @ a], axis=-1)
     parts = next(parts for parts in (12, 8, 7, 6, 4, 2, 1) if len(a) % (16 * parts) == 0)
     inner = _product_in_parts(x, a, parts).astype(x.dtype)
@@ -188,14 +187,14 @@ def _product_in_parts(x: jax.Array, kernel: jax.Array, parts: int) -> Float[Arra
 def _norm(config: Qwen2Config, x: jax.Array, scale: jax.Array) -> jax.Array:
     h = rms_norm(x, scale, config.rms_norm_eps)
     # Or XLA makes the norm again while it copies it beside the adapters' inner values.
-    return jax.lax.optimization_barrier(h) if use_kernel(x.dtype) else h
+    return jax.lax.optimization_barrier(h) if use_kernel(config) else h
 
 
 def _qkv(config: Qwen2Config, layer: Tree, x: jax.Array) -> Float[Array, "... heads H"]:
     """Queries, keys and values of all heads, not yet rotated."""
     h = _norm(config, x, layer["input_layernorm"])
     parts = ["qkv"] if "qkv" in layer else TOGETHER["qkv"]
-    found = [linear(h, layer[part]) for part in parts]
+    found = [linear(config, h, layer[part]) for part in parts]
     heads = [y.reshape(*x.shape[:-1], -1, config.head_dim) for y in found]
     return heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=-2)
 
@@ -211,9 +210,9 @@ def _gated(config: Qwen2Config, layer: Tree, x: jax.Array) -> jax.Array:
     """silu(gate) * up."""
     h = _norm(config, x, layer["post_attention_layernorm"])
     if "gate_up" not in layer:
-        gate, up = (linear(h, layer[module]) for module in TOGETHER["gate_up"])
+        gate, up = (linear(config, h, layer[module]) for module in TOGETHER["gate_up"])
         return jax.nn.silu(gate) * up
-    both = linear(h, layer["gate_up"])
+    both = linear(config, h, layer["gate_up"])
     if layer["gate_up"].kernel.ndim == 4:
         return both
     gate, up = jnp.split(both, 2, axis=-1)
@@ -230,9 +229,9 @@ def prefill_layer(
     """Whole prompts, and their keys and values for decoding."""
     q, k, v = _rotated(config, _qkv(config, layer, x), rope)
     q = constrain(q, "act_batch", "act_length", "act_heads", "head_dim")
-    attended = causal_attention(q, k, v, mask)
-    x = x + linear(attended.reshape(*x.shape[:-1], -1), layer["o_proj"])
-    x = x + linear(_gated(config, layer, x), layer["down_proj"])
+    attended = causal_attention(q, k, v, mask, None, config.device)
+    x = x + linear(config, attended.reshape(*x.shape[:-1], -1), layer["o_proj"])
+    x = x + linear(config, _gated(config, layer, x), layer["down_proj"])
     x = constrain(x, "act_batch", "act_length", "act_embed")
     return x, {"k": k.transpose(0, 2, 1, 3), "v": v.transpose(0, 2, 1, 3)}
 
@@ -250,9 +249,7 @@ def decode_layer(
 ) -> tuple[Float[Array, "B D"], LayerCache]:
     """One token per row: kernels on one GPU, plain XLA everywhere else."""
     qkv = _qkv(config, layer, x)
-    down: Callable[[jax.Array, Linear], jax.Array] = linear
-    if use_kernel(x.dtype):
-        down = split_product
+    if use_kernel(config):
         start = prompt_mask.shape[1] - jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
         if prompt_of is None:
             prompt_of = jnp.arange(len(x)) // (len(x) // len(start))
@@ -266,8 +263,12 @@ def decode_layer(
         q, k, v = _rotated(config, qkv, rope)
         completion = write_slot(completion, k, v, slot)
         attended = plain_attention(q, prompt, prompt_mask, completion, slot)
-    x = x + linear(attended.reshape(len(x), -1), layer["o_proj"])
-    x = x + down(_gated(config, layer, x), layer["down_proj"])
+    x = x + linear(config, attended.reshape(len(x), -1), layer["o_proj"])
+    gated = _gated(config, layer, x)
+    if use_kernel(config):
+        x = x + split_product(gated, layer["down_proj"])
+    else:
+        x = x + linear(config, gated, layer["down_proj"])
     return constrain(x, "act_batch", "act_embed"), completion
 
 

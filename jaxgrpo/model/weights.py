@@ -6,6 +6,7 @@ transposed on the way in: Hugging Face stores [out, in], this package [in, out].
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxgrpo.config import EMBEDDED, MODULES, ConfigError
-from jaxgrpo.mesh import sharding
+from jaxgrpo.mesh import device_of, sharding
 from jaxgrpo.model.api import base_logical_axes
 from jaxgrpo.model.hf_config import check_generation_config, eos_token_ids, qwen2_config
 from jaxgrpo.model.presets import Qwen2Config
@@ -141,6 +142,8 @@ def load_model(
             that points outside its directory; a tied head that is not the embedding.
     """
     config = read_qwen2_config(directory, dtype)
+    if mesh is not None:
+        config = dataclasses.replace(config, device=device_of(mesh))
     files = check_tensor_names(directory, config)
     read, total, done = make_reader(config, files), len(hf_shapes(config)), 0
     _check_tied_head(config, files, read)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import RolloutConfig
-from jaxgrpo.mesh import constrain, decode_options, on_one_device
+from jaxgrpo.mesh import Device, constrain
 from jaxgrpo.model.api import (
     Qwen2Config,
     cache_slots,
@@ -88,12 +88,12 @@ def _found(loop: _Loop) -> _Found:
     return _Found(loop.tokens, loop.logprobs, loop.lengths, loop.finish_reasons)
 
 
-def batch_sizes(rows: int) -> tuple[int, ...]:
+def batch_sizes(rows: int, device: Device) -> tuple[int, ...]:
     """The batches in which `rows` rows are sampled, each for when no more rows are left: halves on
     one GPU. On a mesh another batch would move caches between devices; on a CPU it costs more to
     compile than it saves."""
     sizes = [rows]
-    if jax.default_backend() == "gpu" and on_one_device():
+    if device.single_gpu:
         while len(sizes) < MAX_BATCH_SIZES and sizes[-1] % 2 == 0 and sizes[-1] >= 2 * MIN_BATCH:
             sizes.append(sizes[-1] // 2)
     return tuple(sizes)
@@ -129,6 +129,7 @@ def make_generate(
             top_k=rollout.top_k,
             top_p=rollout.top_p,
             min_p=rollout.min_p,
+            device=model_config.device,
         )
         live = ~loop.done
         tokens = jnp.where(live, tokens, 0)
@@ -152,7 +153,7 @@ def make_generate(
             stop_state=stop_state,
         )
 
-    @functools.partial(jax.jit, compiler_options=decode_options())
+    @functools.partial(jax.jit, compiler_options=model_config.device.decode_options)
     def generate(
         weights: Tree,
         prompt_tokens: Int[Array, "P S"],
@@ -160,7 +161,7 @@ def make_generate(
         key: jax.Array,
         caps: Int[Array, " B"] | None = None,
     ) -> Rollout:
-        sizes = batch_sizes(prompt_tokens.shape[0] * group_size)
+        sizes = batch_sizes(prompt_tokens.shape[0] * group_size, model_config.device)
         number = jnp.arange(sizes[0])
         keys = row_keys(key, sizes[0])
         rows = _Rows(
@@ -170,7 +171,7 @@ def make_generate(
             draws=row_draws(keys, jnp.arange(width), count),
             caps=jnp.full(sizes[0], width, jnp.int32) if caps is None else caps,
         )
-        slots = cache_slots(prompt_tokens.shape[1], model_config.compute_dtype)
+        slots = cache_slots(model_config, prompt_tokens.shape[1])
         unused = slots - prompt_tokens.shape[1]
         prompt_tokens = jnp.pad(prompt_tokens, ((0, 0), (unused, 0)))
         prompt_mask = jnp.pad(prompt_mask, ((0, 0), (unused, 0)))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxgrpo.mesh import ONE_CPU, Device
 from jaxgrpo.model.block_statistics import BLOCK, block_statistics, block_sums
 
 CANDIDATES = 4
@@ -48,6 +49,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    device: Device = ONE_CPU,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draws one token per row and gives its log-prob, float32.
 
@@ -58,7 +60,7 @@ def sample(
     """
     logits = logits.astype(jnp.float32)
     scores = logits / temperature if temperature > 0 else logits
-    top, sums = block_statistics(logits, temperature if temperature > 0 else 1.0)
+    top, sums = block_statistics(logits, temperature if temperature > 0 else 1.0, device)
     norm = top + jnp.log(jnp.sum(sums, axis=-1))
     if temperature == 0:
         tokens = jnp.argmax(scores, axis=-1)

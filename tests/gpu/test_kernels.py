@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrpo.config import GrpoConfig, RolloutConfig
+from jaxgrpo.config import GrpoConfig, MeshConfig, RolloutConfig
 from jaxgrpo.grpo.loss import token_losses, token_weights
 from jaxgrpo.grpo.step import make_gradients
+from jaxgrpo.mesh import device_of, make_mesh
 from jaxgrpo.model import kv_cache
 from jaxgrpo.model.api import (
     Qwen2Config,
@@ -45,8 +46,14 @@ PLAN = RankPlan(
 )  # fmt: skip
 
 
+def device():
+    return device_of(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+
+
 def make_config(dtype):
-    return Qwen2Config(**SHAPES, num_layers=LAYERS, num_heads=6, num_kv_heads=1, dtype=dtype)
+    return Qwen2Config(
+        **SHAPES, num_layers=LAYERS, num_heads=6, num_kv_heads=1, dtype=dtype, device=device()
+    )
 
 
 def make_weights(config, seed=0):
@@ -109,8 +116,8 @@ def test_gated_product(inner, features):
             [((ROWS, inner), 1.0), ((inner, features), 0.05), ((inner, features), 0.05)]
         )
     )
-    tiles = make_tiles(gate, up)
-    assert use_tiles(x.dtype)
+    tiles = make_tiles(gate, up, device().cores)
+    assert use_tiles(make_config("bfloat16"))
     got = jax.jit(gated_product)(x, tiles).astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
         x, gate, up = (y.astype(jnp.float32) for y in (x, gate, up))
@@ -145,7 +152,7 @@ def test_sampled_log_probs_equal_the_trainers(monkeypatch, dtype, tolerance):
         weights = make_decode_weights(config, base, lora, plan)
         caps = jnp.asarray(np.random.default_rng(1).integers(1, WIDTH + 1, len(tokens) * GROUP))
         out = generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(3), caps)
-        assert len(engine.batch_sizes(len(out.tokens))) > 2
+        assert len(engine.batch_sizes(len(out.tokens), config.device)) > 2
         rows, lengths = right_padded(tokens, mask, out)
         want, _ = completion_logprobs(
             config, base, lora, plan, rows, lengths, out.tokens, temperature=TEMPERATURE,
@@ -185,7 +192,7 @@ def test_shrinking_samples_the_same_tokens(monkeypatch):
     same = np.asarray(found[0].tokens == found[1].tokens).all(axis=1).mean()
     # A draw that falls on the edge between two tokens may go either way.
     assert same >= 0.97, same
-    assert not kv_cache.use_kernel(jnp.dtype("float32"))
+    assert not kv_cache.use_kernel(config)
 
 
 @pytest.mark.parametrize("remat", ["full", "products"])
