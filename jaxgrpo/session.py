@@ -116,12 +116,7 @@ class Session:
 
     def place_lora(self, lora: Tree) -> Tree:
         """Adapters of this plan, sharded over the mesh."""
-        return jax.tree.map(
-            lambda axes, x: jax.device_put(x, sharding(self.mesh, axes)),
-            lora_logical_axes(self.plan.modules),
-            lora,
-            is_leaf=lambda x: isinstance(x, tuple),
-        )
+        return place_lora(self.mesh, lora)
 
     def make_generate(self, *, evaluation: bool, greedy: bool = False) -> Callable:
         """The jitted sampler, as training or as evaluation wants it; `greedy` for also_greedy."""
@@ -229,6 +224,16 @@ def open_session(config: Config, console: Console | None = None) -> Session:
     return dataclasses.replace(session, reference=(session.init_lora(), session.device_plan))
 
 
+def place_lora(mesh: Mesh, lora: Tree) -> Tree:
+    """Adapters sharded over the mesh."""
+    return jax.tree.map(
+        lambda axes, x: jax.device_put(x, sharding(mesh, axes)),
+        lora_logical_axes(tuple(lora)),
+        lora,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
 def resolve_plan(config: LoraConfig, model: Qwen2Config) -> tuple[RankPlan, StackedAdapter | None]:
     """The ranks that the settings ask for, and the adapter to start from if they name one."""
     if config.adapter is None:
@@ -258,13 +263,13 @@ def resolve_dtype(dtype: str) -> str:
     return "float32" if default_platform() == "cpu" else "bfloat16"
 
 
-def check_divisible(config: Config, mesh: Mesh) -> None:
+def check_divisible(config: Config, mesh: Mesh, *, evaluates: bool = True) -> None:
     """Batches must split evenly over the mesh's batch axes."""
     shards = batch_shards(mesh)
-    for name, count in (
-        ("grpo.prompts_per_step", config.grpo.prompts_per_step),
-        ("eval.batch_prompts", config.eval.batch_prompts),
-    ):
+    counts = {"grpo.prompts_per_step": config.grpo.prompts_per_step}
+    if evaluates:
+        counts["eval.batch_prompts"] = config.eval.batch_prompts
+    for name, count in counts.items():
         if count % shards:
             raise ConfigError(
                 f"{name}={count} does not divide over the mesh: data x fsdp = {shards}; "

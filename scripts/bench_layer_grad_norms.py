@@ -57,6 +57,11 @@ def measure(bench: Bench, by_kernels: bool, keep: bool) -> list[float]:
 
 def main(words: list[str]) -> None:
     bench = Bench(parse_settings("bench", BENCH, words))
+    with jax.set_mesh(bench.mesh):
+        compare(bench)
+
+
+def compare(bench: Bench) -> None:
     medians = {}
     for name, variant in VARIANTS.items():
         times = measure(bench, *variant)

@@ -6,6 +6,7 @@ The one place for it: `--dry-run` prints it, `check` holds it against what it co
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import jax
 
 from jaxgrpo.ahead.shapes import full_bins, row_slots
 from jaxgrpo.config import Config
-from jaxgrpo.mesh import AXIS_RULES, ROLLOUT_RULES
+from jaxgrpo.mesh import AXIS_RULES, ONE_CPU, ROLLOUT_RULES
 from jaxgrpo.model.api import base_logical_axes, init_base, lora_logical_axes
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.model.remat import head_bytes, kept_bytes_per_token
@@ -206,6 +207,8 @@ def _held(leaf: Leaf, itemsize: int, sizes: Mapping[str, int], rules: dict) -> i
 
 @functools.cache
 def _base_leaves(model: Qwen2Config) -> dict[str, list[Leaf]]:
+    # Shapes are the same everywhere, but what some device would run may not be there to trace.
+    model = dataclasses.replace(model, device=ONE_CPU)
     shapes = jax.eval_shape(lambda: init_base(model, jax.random.key(0)))
     found: dict[str, list[Leaf]] = {}
     axes = base_logical_axes(model)

@@ -22,7 +22,7 @@ from jaxgrpo.ahead.chips import CARDS
 from jaxgrpo.ahead.flops import decode_seconds, train_model_flops
 from jaxgrpo.bench.kernels import profile_kernels
 from jaxgrpo.bench.settings import SIGMA, BenchConfig
-from jaxgrpo.config import EMBEDDED, MeshConfig, check_choice
+from jaxgrpo.config import EMBEDDED, check_choice
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import (
     TrainStep,
@@ -32,10 +32,21 @@ from jaxgrpo.grpo.step import (
     make_train_step,
 )
 from jaxgrpo.iteration import pack_batch
-from jaxgrpo.mesh import device_of, keep_compiled_programs, make_mesh, peak_memory, to_host
+from jaxgrpo.mesh import (
+    Device,
+    device_of,
+    keep_compiled_programs,
+    make_mesh,
+    peak_memory,
+    replicate,
+    shard_rows,
+    sharding,
+    to_host,
+)
 from jaxgrpo.model.api import (
     PRESETS,
     Qwen2Config,
+    base_logical_axes,
     device_plan,
     init_base,
     init_lora,
@@ -47,7 +58,7 @@ from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.records.run_directory import atomic_write_json
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
-from jaxgrpo.session import resolve_dtype
+from jaxgrpo.session import check_divisible, check_model_axis, place_lora, resolve_dtype
 from jaxgrpo.types import PromptBatch, Rollout, TrainBatch, TrainState, Tree
 
 
@@ -60,7 +71,8 @@ def run_bench(config: BenchConfig) -> dict[str, Any]:
     """
     bench = Bench(config)
     figures = {"rollout": bench.rollout, "train": bench.train, "step": bench.step}
-    found = environment() | figures[config.phase]()
+    with jax.set_mesh(bench.mesh):
+        found = environment() | {"mesh": dict(bench.mesh.shape)} | figures[config.phase]()
     if config.bench.out is not None:
         atomic_write_json(Path(config.bench.out), found)
     return found
@@ -72,8 +84,8 @@ def environment() -> dict[str, str]:
     return {"device": jax.devices()[0].device_kind} | versions
 
 
-def bench_model(config: BenchConfig) -> Qwen2Config:
-    """The shapes that `bench.preset` and `bench.num_layers` name.
+def bench_model(config: BenchConfig, device: Device) -> Qwen2Config:
+    """The shapes that `bench.preset` and `bench.num_layers` name, for this device.
 
     Raises:
         ConfigError: an unknown preset.
@@ -84,13 +96,13 @@ def bench_model(config: BenchConfig) -> Qwen2Config:
     else:
         check_choice(bench.preset, [EMBEDDED, *PRESETS], "bench.preset")
         model = replace(PRESETS[bench.preset], dtype=dtype)
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    model = replace(model, device=device_of(mesh))
+    model = replace(model, device=device)
     return model if bench.num_layers is None else replace(model, num_layers=bench.num_layers)
 
 
 class Bench:
-    """The programs and arrays of one configuration on one device.
+    """The programs and arrays of one configuration, on the mesh that it names; to be used within
+    `jax.set_mesh(bench.mesh)`, as training runs.
 
     Attributes:
         lengths: completion tokens of each row.
@@ -100,13 +112,21 @@ class Bench:
 
     def __init__(self, config: BenchConfig) -> None:
         keep_compiled_programs()
-        model = bench_model(config)
+        self.mesh = make_mesh(config.mesh)
+        check_divisible(config, self.mesh, evaluates=False)
+        model = bench_model(config, device_of(self.mesh))
+        check_model_axis(model, self.mesh)
         self.config, self.model = config, model
-        self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        self.base: Tree = jax.jit(init_base, static_argnums=0)(model, jax.random.key(0))
+        placed = jax.tree.map(
+            lambda axes: sharding(self.mesh, axes),
+            base_logical_axes(model),
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+        init = jax.jit(init_base, static_argnums=0, out_shardings=placed)
+        self.base: Tree = init(model, jax.random.key(0))
         plan = make_rank_plan(config.lora, model.num_layers)
-        self.plan = device_plan(plan)
-        self.lora = init_lora(model, plan, jax.random.key(1))
+        self.plan = replicate(self.mesh, device_plan(plan))
+        self.lora = place_lora(self.mesh, init_lora(model, plan, jax.random.key(1)))
         self.optimizer = make_optimizer(config.optim, 1000)
         # No row ends by itself: the stop token is one that does not exist.
         self.generate = make_generate(
@@ -192,8 +212,9 @@ class Bench:
         """Merges the adapters and samples."""
         key = jax.random.key(self.config.seed)
         weights = self._decode_weights(lora)
-        tokens, mask = jnp.asarray(self.prompts.tokens), jnp.asarray(self.prompts.mask)
-        return self.generate(weights, tokens, mask, key, jnp.asarray(self.lengths))
+        prompts = (self.prompts.tokens, self.prompts.mask)
+        tokens, mask, caps = shard_rows(self.mesh, (*prompts, self.lengths))
+        return self.generate(weights, tokens, mask, key, caps)
 
     def make_step(
         self, *, weight_grad_norms: bool | None = None
@@ -239,7 +260,7 @@ class Bench:
         """Merging and prefill by themselves; the rest of a rollout is decoding."""
         weights = self._decode_weights(self.lora)
         run = jax.jit(prefill, static_argnums=0, compiler_options=self.model.device.options)
-        tokens, mask = jnp.asarray(self.prompts.tokens), jnp.asarray(self.prompts.mask)
+        tokens, mask = shard_rows(self.mesh, (self.prompts.tokens, self.prompts.mask))
         return {
             "merge_s": self._time(lambda: self._decode_weights(self.lora))[1],
             "prefill_s": self._time(lambda: run(self.model, weights, tokens, mask))[1],

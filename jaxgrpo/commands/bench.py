@@ -68,7 +68,7 @@ BENCH = Command(
     collects=take_phase,
     # Random weights and prompts, on one device.
     ignores=(
-        *("mesh", "data", "eval", "rewards", "reward_timeout_s", "run_dir", "steps", "objective"),
+        *("data", "eval", "rewards", "reward_timeout_s", "run_dir", "steps", "objective"),
         *("model.path", "model.revision", "lora.adapter", "wandb_project"),
         *("rollout.stop_token_ids", "rollout.stop_strings"),
         *("checkpoint_every_steps", "keep_checkpoints", "log_completions_every_steps"),
