@@ -234,7 +234,7 @@ def test_the_samplers_weights_are_gathered_over_fsdp_and_their_bytes_are_known()
         used = {axis for x in jax.tree.leaves(weights) for axis in x.sharding.spec if axis}
         assert used == {"model"}
         # Key and value heads are fewer than a model axis may be long: every device has them all.
-        assert weights["layers"][0]["params"]["k_proj"]["kernel"].sharding.is_fully_replicated
+        assert weights["layers"][0]["k_proj"].kernel.sharding.is_fully_replicated
     held = [
         sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
         for tree in (base, weights)

@@ -12,15 +12,16 @@ from jaxgrpo.ahead.chips import Card
 from jaxgrpo.ahead.shapes import full_bins, row_slots
 from jaxgrpo.config import Config
 from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.sampler import TOGETHER
 from jaxgrpo.rank_plan import RankPlan
 
 
-def rollout_flops(config: Config, model: Qwen2Config) -> float:
+def rollout_flops(config: Config, model: Qwen2Config, plan: RankPlan) -> float:
     """Prefill of every prompt and a full decode of every completion, over all devices. Of attention
     all scores: plain attention computes the masked half too."""
     prompts, rows = config.grpo.prompts_per_step, config.grpo.rows_per_step
     prompt, width = row_slots(config)
-    layers = model.num_layers * layer_parameters(model)
+    layers = model.num_layers * (layer_parameters(model) + carried_parameters(model, plan))
     head = head_parameters(model)
     attention = 4.0 * model.num_heads * model.head_dim * model.num_layers
     prefill = prompts * prompt * (2.0 * layers + attention * prompt)
@@ -94,6 +95,21 @@ def decode_seconds(
 def layer_parameters(config: Qwen2Config) -> int:
     """Entries of one layer's seven matrices."""
     return sum(i * o for i, o in config.module_shapes.values())
+
+
+def carried_parameters(model: Qwen2Config, plan: RankPlan) -> int:
+    """Entries of the adapters that one layer of the sampler multiplies by: on one device those of
+    one input are one matrix, zeros off its diagonal included."""
+    shapes = model.module_shapes
+    groups = [(module,) for module in shapes]
+    if model.device.count == 1:
+        joined = [module for group in TOGETHER.values() for module in group]
+        groups = [*TOGETHER.values(), *((module,) for module in shapes if module not in joined)]
+    total = 0
+    for group in groups:
+        inner = plan.max_rank * sum(module in plan.modules for module in group)
+        total += inner * (shapes[group[0]][0] + sum(shapes[module][1] for module in group))
+    return total
 
 
 def head_parameters(config: Qwen2Config) -> int:

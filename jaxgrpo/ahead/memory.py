@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 
+from jaxgrpo.ahead.flops import carried_parameters
 from jaxgrpo.ahead.shapes import full_bins, row_slots
 from jaxgrpo.config import Config
 from jaxgrpo.mesh import AXIS_RULES, ONE_CPU, ROLLOUT_RULES
@@ -128,7 +129,8 @@ def foretell(
     layers = sum(_held(x, size, sizes, ROLLOUT_RULES) for x in _layer_leaves(model))
     tables = [_held(x, size, sizes, ROLLOUT_RULES) for x in _table_leaves(model)]
     # Where training's tables are split over fsdp, the sampler has its own.
-    sampler = layers + (sum(tables) if sizes["fsdp"] > 1 else 0)
+    carried = model.num_layers * carried_parameters(model, plan) * size
+    sampler = layers + carried + (sum(tables) if sizes["fsdp"] > 1 else 0)
     own = {SAMPLER: sampler}
     batch, parts = full_bins(config, shards), sizes["model"]
     squares = batch.rows * batch.row_places**2
@@ -161,7 +163,8 @@ def foretell(
             # The adapters and two moments of Adam.
             STATE: 3 * adapters,
         },
-        merge=own | {"merged, before they are cut into layers": layers},
+        # Joined matrices on their way, about three of the seven at once.
+        merge=own | {"layers on their way": layers * 3 // 5},
         rollout=own
         | {
             "key-value cache": (prompts * prompt + rows * width) // shards * per_token,

@@ -78,7 +78,7 @@ def print_foretold(config: Config, model: Qwen2Config, plan: RankPlan, console: 
     table.add_row("peak", mib(memory.peak))
     console.print(table)
     operations = {
-        "rollout": rollout_flops(config, model),
+        "rollout": rollout_flops(config, model, plan),
         "train": train_hardware_flops(config, model, plan, remat),
     }
     told = ", ".join(f"{name} {flops / 1e12:.4g}" for name, flops in operations.items())
@@ -106,7 +106,7 @@ def _program_table(found: Estimate, plan: RankPlan) -> Table:
     for heading in ("program", "TFLOP", "by formula", "GB of memory", "s at best", "collectives s"):
         table.add_column(heading, justify="left" if heading == "program" else "right")
     formulas = {
-        "rollout": rollout_flops(found.config, found.model),
+        "rollout": rollout_flops(found.config, found.model, plan),
         "train": train_hardware_flops(found.config, found.model, plan, found.remat),
     }
     for name, program in found.programs.items():
