@@ -1,6 +1,6 @@
 """The tables of docs/study_qwen/README.md from docs/study_qwen/pilot.json.
 
-    python scripts/pilot_table.py docs/study_qwen/pilot.json
+python scripts/pilot_table.py docs/study_qwen/pilot.json
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 def tables(record: dict) -> str:
     """Two Markdown tables: how each run went, and how its layers' gradients were spread."""
     lines = [
-        "| learning rate | seed | reward, steps 1-10 / 31-40 / 71-80 | greedy accuracy, before to after "
-        "| rows trained, first / last ten | mean step after the first | largest drift / first |",
+        "| learning rate | seed | reward, steps 1-10 / 31-40 / 71-80 "
+        "| greedy accuracy, before to after | rows trained, first / last ten "
+        "| mean step after the first | largest drift / first |",
         "|---|---|---|---|---|---|---|",
     ]
     for run in record["runs"].values():
