@@ -280,6 +280,7 @@ def pack_batch(
         group_size=len(rollout.lengths) // len(prompts.texts),
         micro_batches=grpo.micro_batches,
         shards=batch_shards(mesh),
+        platform=mesh.devices.flat[0].platform,
     )
     rows: dict[str, Any] = {
         "loss_mask": mask,

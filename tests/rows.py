@@ -63,7 +63,13 @@ def random_rows(
 
 
 def train_batch(
-    rows: Rows, *, micro_batches: int = 1, shards: int = 1, trained: Any = None, **by_row: Any
+    rows: Rows,
+    *,
+    micro_batches: int = 1,
+    shards: int = 1,
+    platform: str = "cpu",
+    trained: Any = None,
+    **by_row: Any,
 ) -> TrainBatch:
     """The rows packed by `pack_rows`, on the host; of one shard they keep their order.
 
@@ -74,7 +80,7 @@ def train_batch(
     trained = np.ones(len(rows.lengths), bool) if trained is None else np.asarray(trained)
     order, packing = pack_rows(
         rows.prompts, rows.completions, rows.lengths, trained, group_size=rows.group_size,
-        micro_batches=micro_batches, shards=shards,
+        micro_batches=micro_batches, shards=shards, platform=platform,
     )  # fmt: skip
     given = {"loss_mask": rows.mask, "sampler_logprobs": np.zeros_like(rows.mask)} | by_row
     arrays = {name: np.asarray(values)[order] for name, values in given.items()}

@@ -7,11 +7,11 @@ from jaxgrpo.model.pack_rows import NOWHERE, bin_shape, pack_rows
 from tests.rows import make_rows, random_rows
 
 
-def pack(rows, trained=None, *, micro_batches=4, shards=1):
+def pack(rows, trained=None, *, micro_batches=4, shards=1, platform="gpu"):
     trained = np.ones(len(rows.lengths), bool) if trained is None else trained
     return pack_rows(
         rows.prompts, rows.completions, rows.lengths, trained, group_size=rows.group_size,
-        micro_batches=micro_batches, shards=shards,
+        micro_batches=micro_batches, shards=shards, platform=platform,
     )  # fmt: skip
 
 
@@ -20,7 +20,7 @@ def check_packing(rows, trained, micro_batches, shards):
     count, slots = rows.prompts.tokens.shape
     total, width = rows.completions.shape
     order, packing = pack(rows, trained, micro_batches=micro_batches, shards=shards)
-    shape = bin_shape(count // shards, rows.group_size, slots, width, micro_batches)
+    shape = bin_shape(count // shards, rows.group_size, slots, width, micro_batches, "gpu")
     assert packing.tokens.shape == (shards, shape.bins, shape.places)
     assert packing.member.shape == (shards, shape.bins, shape.rows)
     assert sorted(order) == list(range(total))

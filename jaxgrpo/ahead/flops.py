@@ -34,7 +34,7 @@ def train_hardware_flops(config: Config, model: Qwen2Config, plan: RankPlan, rem
     """Forward, backward and what `remat` computes again of rows that end at the cap, over all
     devices."""
     shards, chunk = model.device.batch_shards, config.grpo.logprob_chunk_tokens
-    shape = full_bins(config, shards)
+    shape = full_bins(config, model.device)
     bins = shape.bins * shards
     # Every place is computed and scored, and every row of a bin attends, whether used or not.
     tokens, rows, length = bins * shape.places, bins * shape.rows, shape.row_places

@@ -132,7 +132,7 @@ def foretell(
     carried = model.num_layers * carried_parameters(model, plan) * size
     sampler = layers + carried + (sum(tables) if sizes["fsdp"] > 1 else 0)
     own = {SAMPLER: sampler}
-    batch, parts = full_bins(config, shards), sizes["model"]
+    batch, parts = full_bins(config, model.device), sizes["model"]
     squares = batch.rows * batch.row_places**2
     backward = BACKWARD[model.device.platform][remat]
     chunk = min(config.grpo.logprob_chunk_tokens, batch.places)

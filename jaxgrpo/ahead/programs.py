@@ -98,7 +98,7 @@ def describe_arguments(
         advantages=rows((count,), jnp.float32),
         sampler_logprobs=by_token,
         trained=rows((count,), jnp.bool_),
-        packing=describe_packing(config, mesh),
+        packing=describe_packing(config, model, mesh),
         old_logprobs=by_token if config.grpo.num_iterations > 1 else None,
         ref_logprobs=by_token if config.grpo.kl_coef > 0 else None,
     )
@@ -113,10 +113,10 @@ def describe_arguments(
     )
 
 
-def describe_packing(config: Config, mesh: Mesh) -> Packing:
+def describe_packing(config: Config, model: Qwen2Config, mesh: Mesh) -> Packing:
     """The bins of a step in which no completion ends early."""
     shards = batch_shards(mesh)
-    shape = full_bins(config, shards)
+    shape = full_bins(config, model.device)
     split = sharding(mesh, ("act_batch", None, None))
     arrays: Any = {
         name: jax.ShapeDtypeStruct(dims, dtype, sharding=split)

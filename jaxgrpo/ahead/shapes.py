@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxgrpo.config import Config
+from jaxgrpo.mesh import Device
 from jaxgrpo.model.pack_rows import BinShape, bin_shape
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.model.remat import resolve_remat
@@ -16,21 +17,28 @@ def row_slots(config: Config) -> tuple[int, int]:
     return prompt, config.rollout.max_completion_tokens
 
 
-def full_bins(config: Config, shards: int) -> BinShape:
-    """The bins that each of a mesh's batch shards computes, one after another."""
+def full_bins(config: Config, device: Device) -> BinShape:
+    """The bins that each batch shard of a mesh of such devices computes, one after another."""
     grpo, (prompt, width) = config.grpo, row_slots(config)
     prompts, group = (
         (grpo.rows_per_step, 1)
         if config.objective == "sft"
         else (grpo.prompts_per_step, grpo.group_size)
     )
-    shape = bin_shape(prompts // shards, group, prompt, width, grpo.micro_batches)
+    shape = bin_shape(
+        prompts // device.batch_shards,
+        group,
+        prompt,
+        width,
+        grpo.micro_batches,
+        device.platform,
+    )
     return dataclasses.replace(shape, bins=min(shape.bins, grpo.micro_batches))
 
 
 def remat_of_run(config: Config, model: Qwen2Config) -> str:
     """What model.remat comes to in the largest step, on `model.device`."""
-    shape = full_bins(config, model.device.batch_shards)
+    shape = full_bins(config, model.device)
     return resolve_remat(
         model,
         config.model.remat,

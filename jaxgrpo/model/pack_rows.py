@@ -17,9 +17,10 @@ from jaxgrpo.types import Packing, PromptBatch
 NOWHERE = -1
 """A place or row that is padding."""
 
-ROOM = 4
+ROOM = {"gpu": 4.0, "cpu": 2.5, "tpu": 2.5}
 """Rows that a bin has room for, over those that fill it when all reach the cap: bins get full as
-long as completions take at least 1/ROOM of the cap on average."""
+long as completions take at least 1/ROOM of the cap on average. cuDNN's attention passes over rows
+that are not there; elsewhere they cost what real ones do."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,22 @@ class BinShape:
 
 
 def bin_shape(
-    prompts: int, group_size: int, prompt_slots: int, width: int, micro_batches: int
+    prompts: int,
+    group_size: int,
+    prompt_slots: int,
+    width: int,
+    micro_batches: int,
+    platform: str,
 ) -> BinShape:
     """For so many prompts of up to `prompt_slots` tokens with `group_size` completions of up to
-    `width` each: a step in which nothing ends early takes about `micro_batches` bins."""
+    `width` each, on devices of a platform: a step in which nothing ends early takes about
+    `micro_batches` bins."""
     rows, shared = prompts * group_size, prompt_slots - 1
     row_places = _in_eights(shared + width)
     longest = prompts * shared + rows * width
     places = max(_in_eights(-(-longest // micro_batches)), row_places)
     full = places / (shared / group_size + width)
-    bin_rows = min(rows, math.ceil(ROOM * full))
+    bin_rows = min(rows, math.ceil(ROOM[platform] * full))
     # What prompts take when completions have half of the cap on average, and half as much again.
     share = 1.5 * shared / max(shared + group_size * width / 2, 1)
     shared_places = min(places, max(_in_eights(math.ceil(share * places)), _in_eights(shared)))
@@ -76,6 +83,7 @@ def pack_rows(
     group_size: int,
     micro_batches: int,
     shards: int,
+    platform: str,
 ) -> tuple[np.ndarray, Packing]:
     """(order, packing): the rows' new order, and the packing of rows in that order.
 
@@ -84,9 +92,12 @@ def pack_rows(
         lengths: tokens of each completion, at least 1.
         trained: [B], rows to be computed; the others are in no bin.
         micro_batches, shards: over how many bins and batch shards full rows are spread.
+        platform: of the devices.
     """
     count, width = len(prompts.texts), completions.shape[1]
-    shape = bin_shape(count // shards, group_size, prompts.tokens.shape[1], width, micro_batches)
+    shape = bin_shape(
+        count // shards, group_size, prompts.tokens.shape[1], width, micro_batches, platform
+    )
     prompt_lengths = prompts.mask.sum(axis=1)
     places = np.where(trained, lengths, 0).reshape(count, group_size).sum(axis=1)
     dealt = _deal(places, shards)
