@@ -76,40 +76,56 @@ class Memory:
         return max(self.phases.values())
 
 
+class Rows(NamedTuple):
+    """What a layer computes at once.
+
+    Attributes:
+        tokens: places of a bin, or of rows.
+        attended: places of the rows that attention makes of them, padding included.
+        squares: pairs of query and key in those rows.
+    """
+
+    tokens: int
+    attended: int
+    squares: int
+
+
 class Inside(NamedTuple):
     """What one layer holds at its fullest, as counts of arrays.
 
     Attributes:
         embed, mlp: of [tokens, D] and [tokens, F], in the weights' dtype.
-        scores: of attention's [rows, N, T, T], float32, which are not held together with `mlp`.
+        rows, scores: of attention's [rows, T, N H] in the weights' dtype and [rows, N, T, T] in
+            float32, which are not held together with `mlp`.
     """
 
     embed: float
     mlp: float
+    rows: float
     scores: float
 
-    def bytes(self, model: Qwen2Config, tokens: int, squares: int, parts: int) -> int:
-        """Of so many tokens, with so many pairs of query and key in all rows, on one of `parts`
-        devices of the `model` axis."""
-        size = model.compute_dtype.itemsize
-        mlp = self.mlp * tokens * model.intermediate_size * size / parts
-        scores = self.scores * squares * model.num_heads * 4 / parts
-        return int(self.embed * tokens * model.hidden_size * size + max(mlp, scores))
+    def bytes(self, model: Qwen2Config, of: Rows, parts: int) -> int:
+        """On one of `parts` devices of the `model` axis."""
+        size, heads = model.compute_dtype.itemsize, model.num_heads
+        mlp = self.mlp * of.tokens * model.intermediate_size * size / parts
+        attention = self.rows * of.attended * heads * model.head_dim * size / parts
+        attention += self.scores * of.squares * heads * 4 / parts
+        return int(self.embed * of.tokens * model.hidden_size * size + max(mlp, attention))
 
 
-PREFILL = Inside(1, 3, 3)
+PREFILL = Inside(1, 3, 0, 3)
 BACKWARD = {
     "cpu": {
-        "full": Inside(30, 12, 3.6),
-        "products": Inside(25, 9, 2.8),
-        "none": Inside(25, 9, 2.8),
+        "full": Inside(30, 12, 6.3, 2.6),
+        "products": Inside(25, 9, 2, 2.8),
+        "none": Inside(25, 9, 2, 2.8),
     },
-    "gpu": dict.fromkeys(("full", "products", "none"), Inside(4, 3, 0)),
-    "tpu": dict.fromkeys(("full", "products", "none"), Inside(4, 4, 3)),
+    "gpu": dict.fromkeys(("full", "products", "none"), Inside(4, 3, 0, 0)),
+    "tpu": dict.fromkeys(("full", "products", "none"), Inside(4, 4, 0, 3)),
 }
 """By platform and policy, found from compiled programs. A GPU's attention is cuDNN's and writes no
 scores; XLA fuses less on a CPU than elsewhere."""
-NONE = Inside(12, 5, 2)
+NONE = Inside(12, 5, 0, 2)
 """What a layer keeps where nothing is recomputed."""
 
 
@@ -132,15 +148,18 @@ def foretell(
     carried = model.num_layers * carried_parameters(model, plan) * size
     sampler = layers + carried + (sum(tables) if sizes["fsdp"] > 1 else 0)
     own = {SAMPLER: sampler}
+    slots = prompts // shards * prompt
+    prefilled = Rows(slots, slots, slots * prompt)
     batch, parts = full_bins(config, model.device), sizes["model"]
-    squares = batch.rows * batch.row_places**2
+    attended = batch.rows * batch.row_places
+    computed = Rows(batch.places, attended, attended * batch.row_places)
     backward = BACKWARD[model.device.platform][remat]
     chunk = min(config.grpo.logprob_chunk_tokens, batch.places)
     train = {
-        "activations kept": kept_bytes(model, batch.places, squares, parts, remat),
+        "activations kept": kept_bytes(model, computed, parts, remat),
         # One after the other.
         "a layer, or a chunk of the head": max(
-            backward.bytes(model, batch.places, squares, parts), head_bytes(model, chunk) // parts
+            backward.bytes(model, computed, parts), head_bytes(model, chunk) // parts
         ),
         "gradient": 2 * adapters,
         # Three arrays by row and token; of bins four and a mask by place, and six by row.
@@ -170,9 +189,7 @@ def foretell(
             "key-value cache": (prompts * prompt + rows * width) // shards * per_token,
             # One after the other.
             "prefill, or scores of a token": max(
-                PREFILL.bytes(
-                    model, prompts // shards * prompt, prompts // shards * prompt**2, parts
-                ),
+                PREFILL.bytes(model, prefilled, parts),
                 2 * 4 * rows // shards * model.vocab_size // parts,
             ),
         },
@@ -180,16 +197,16 @@ def foretell(
     )
 
 
-def kept_bytes(model: Qwen2Config, tokens: int, squares: int, parts: int, remat: str) -> int:
-    """What a micro-batch's forward pass keeps for its backward pass (see `Inside.bytes`)."""
+def kept_bytes(model: Qwen2Config, of: Rows, parts: int, remat: str) -> int:
+    """What a micro-batch's forward pass keeps for its backward pass."""
     if remat == "products":
-        return tokens * kept_bytes_per_token(model)
+        return of.tokens * kept_bytes_per_token(model)
     if remat == "full":  # of a layer its input alone
         size = model.compute_dtype.itemsize
-        return tokens * model.num_layers * model.hidden_size * size
+        return of.tokens * model.num_layers * model.hidden_size * size
     return model.num_layers * (
-        NONE._replace(scores=0).bytes(model, tokens, squares, parts)
-        + NONE._replace(embed=0, mlp=0).bytes(model, tokens, squares, parts)
+        NONE._replace(scores=0).bytes(model, of, parts)
+        + NONE._replace(embed=0, mlp=0).bytes(model, of, parts)
     )
 
 
