@@ -192,9 +192,9 @@ def one_device():
 )
 def test_whole_iterations_on_a_mesh_equal_those_on_one_device(one_device, sizes):
     """Tokens exactly. A mesh adds float32 numbers in another order: log-probs within 2e-4; losses
-    and norms within 2e-5 and 2e-4 of the largest of their leaf, as the importance weights are exp of
-    differences of log-probs; adapters within a hundredth of a step of the optimizer, whose eps keeps
-    it from dividing rounding by rounding."""
+    and norms within 2e-5 and 2e-4 of the largest of their leaf, as importance weights are exp of
+    differences of log-probs; adapters within a hundredth of a step of the optimizer, whose eps
+    keeps it from dividing rounding by rounding."""
     found, _ = two_steps(make_mesh(MeshConfig(*sizes)))
     for one, many in zip(one_device, found, strict=True):
         np.testing.assert_array_equal(one[0], many[0])
