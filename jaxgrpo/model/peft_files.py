@@ -249,7 +249,7 @@ class _Pattern:
         except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(f"{self._where}: {key!r:.80} is no expression: {error}") from None
 
-    def __call__(self, name: str) -> float:
+    def __call__(self, name: str) -> int | float:
         value = next((v for rule, v in self._rules if rule.match(name)), self._default)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 < value <= 1e9:

@@ -295,7 +295,12 @@ def test_a_signal_saves_within_the_grace_time(lab, undisturbed, tmp_path, number
         os.kill(os.getpid(), number)
 
     lab.at = {2: stop}
-    code, _ = lab.run(tmp_path, checkpoint_every_steps=100)
+    # As a terminal has it; a background job inherits SIGINT as ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, _ = lab.run(tmp_path, checkpoint_every_steps=100)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == EXIT_INTERRUPTED == 130
     assert time.monotonic() - sent[0] < GRACE_S
     assert saved(tmp_path) == [3]  # the step in progress was finished
