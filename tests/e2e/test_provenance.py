@@ -168,7 +168,7 @@ def test_other_rows_in_the_data_file_are_refused(again, done, tmp_path, capsys):
     assert "holds other training rows" in error and "another run_dir" in error
 
 
-@pytest.mark.parametrize("word", ["mesh.data=2", "data.path=x", "model.path=x", "run_dir=x"])
+@pytest.mark.parametrize("word", ["data.path=x", "model.path=x", "run_dir=x"])
 def test_bench_refuses_what_it_has_no_use_for(word, capsys):
     assert main(["bench", word]) == 2
     assert f"{word.split('=')[0]} cannot take effect: bench" in capsys.readouterr().err
@@ -191,8 +191,8 @@ def test_kl_is_to_what_training_starts_from(tmp_path):
     words = [*start, f"lora.adapter={tmp_path / 'far' / 'adapter'}", "grpo.kl_coef=0.05"]
     assert main([*words, f"run_dir={tmp_path / 'on'}"]) == 0
     kl = [r["kl"] for r in read_jsonl(tmp_path / "on" / "metrics.jsonl") if "kl" in r]
-    assert abs(kl[0]) < 1e-6 and kl[1] > 1e-4
+    assert abs(kl[0]) < 1e-6 and kl[1] > 1e-5
     # Resumed, the reference is still where it started and not where it was stopped.
     assert main([*words, f"run_dir={tmp_path / 'on'}", "steps=3"]) == 0
     longer = [r["kl"] for r in read_jsonl(tmp_path / "on" / "metrics.jsonl") if "kl" in r]
-    assert longer[:2] == kl and longer[2] > 1e-4
+    assert longer[:2] == kl and longer[2] > 1e-5
