@@ -298,12 +298,12 @@ HOSTILE = [
 def test_hundred_kilobytes_of_anything_stay_cheap(piece: str):
     body = (piece * 100_000)[:100_000]
     for text in (body, "#### " + body, "\\boxed{" + body + "}", "answer is " + body + "x"):
-        start = time.process_time()  # another process may have the processor
+        start = time.thread_time()  # other processes and threads may have the processor
         answers.extract_answer(text)
         rewards.format_reward([text], ["1"])
         answers.lm_eval_strict(text)
         answers.lm_eval_flexible(text)
-        spent = time.process_time() - start
+        spent = time.thread_time() - start
         assert spent < 0.2, f"{spent:.2f} s"
 
 
