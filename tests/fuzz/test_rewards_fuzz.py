@@ -62,13 +62,13 @@ def test_text_rewards_take_a_moment_each():
     @given(st.lists(COMPLETIONS, min_size=BATCH, max_size=BATCH))
     def run(texts):
         for text in texts:
-            start = time.process_time()  # another process may have the processor
+            start = time.thread_time()  # other processes and threads may have the processor
             for name in ("gsm8k_answer", "format"):
                 assert rewards.REWARDS[name]([text], ["#### 5"])[0] in (0.0, 1.0)
             answers.match_lm_eval_strict(text, "#### 5")
             answers.match_lm_eval_flexible(text, "#### 5")
             answers.boxed_answer(text)
-            assert time.process_time() - start < 1.0, text[:200]
+            assert time.thread_time() - start < 1.0, text[:200]
 
     fuzz(run, 10_000 // BATCH, deadline_s=BATCH)
 

@@ -191,10 +191,10 @@ def test_anything_in_a_box_is_spelled_out_in_a_moment():
     texts = [(piece * 400)[:400] for piece in PIECES]
     texts += ["".join(rng.choices(PIECES, k=rng.randint(1, 60)))[:400] for _ in range(1000)]
     for text in texts:
-        start = time.process_time()
+        start = time.thread_time()
         for gold, answer in comparisons(text, "12 dollars") + comparisons("5", text):
             assert isinstance(gold, str) and isinstance(answer, str)
-        assert time.process_time() - start < 0.1, text
+        assert time.thread_time() - start < 0.1, text
 
 
 def test_gold_answers_are_never_cut():
