@@ -295,7 +295,6 @@ COMMAND_CASES = {
     "completion of another shell": (lambda t: ["completion", "fish"], "bash and zsh"),
     "chat about nothing": (lambda t: ["chat", "prompt="], "prompt is empty"),
     "a directory that is no run": (lambda t: ["eval", str(t)], "without config.yaml"),
-    "study without a file": (lambda t: ["study"], "needs a CONFIG"),
     "no time for rewards": (lambda t: ["reward_timeout_s=-1"], "reward_timeout_s"),
     "weights as pickles": (
         lambda t: [
