@@ -257,7 +257,7 @@ class Bench:
         return make_decode_weights(self.model, self.base, lora, self.plan)
 
     def _parts_of_sampling(self) -> dict[str, float]:
-        """Merging and prefill by themselves; the rest of a rollout is decoding."""
+        """Laying out the weights (`merge_s`) and prefill by themselves; the rest is decoding."""
         weights = self._decode_weights(self.lora)
         run = jax.jit(prefill, static_argnums=0, compiler_options=self.model.device.options)
         tokens, mask = shard_rows(self.mesh, (self.prompts.tokens, self.prompts.mask))

@@ -28,6 +28,7 @@ from jaxgrpo.model.gated_product import (
 from jaxgrpo.model.kv_cache import LayerCache, plain_attention, use_kernel, write_slot
 from jaxgrpo.model.lora import Adapter, scaled, side_by_side
 from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.qwen2 import swiglu
 from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.types import Tree
 
@@ -213,10 +214,7 @@ def _gated(config: Qwen2Config, layer: Tree, x: jax.Array) -> jax.Array:
         gate, up = (linear(config, h, layer[module]) for module in TOGETHER["gate_up"])
         return jax.nn.silu(gate) * up
     both = linear(config, h, layer["gate_up"])
-    if layer["gate_up"].kernel.ndim == 4:
-        return both
-    gate, up = jnp.split(both, 2, axis=-1)
-    return jax.nn.silu(gate) * up
+    return both if layer["gate_up"].kernel.ndim == 4 else swiglu(both)
 
 
 def prefill_layer(
