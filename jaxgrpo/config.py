@@ -115,8 +115,9 @@ class DataConfig:
     path: str = EMBEDDED
     """`embedded`, a hub id, a directory, or a .jsonl, .json or .parquet file."""
     name: str | None = None
-    """The subset of a hub data set ("main" for openai/gsm8k)."""
+    """The subset of a hub data set ("main" for openai/gsm8k), for a hub id only."""
     revision: str | None = None
+    """Branch, tag or commit, for a hub id only."""
     train_split: str = "train"
     eval_split: str = "test"
     """`dev`: the problems that dev_problems holds out."""

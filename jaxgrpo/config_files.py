@@ -45,13 +45,28 @@ def load_config(
     """
     merged: dict[str, Any] = dict(first or {})
     for path in paths:
-        merged = merge(merged, read_yaml(path, cls))
+        merged = _laid_over(merged, read_yaml(path, cls))
     changes: dict[str, Any] = {}
     for override in overrides:
         # Rewards given one by one add up; together they replace those of the files.
         whole = "" if override.startswith("rewards.") else "rewards"
         changes = merge(changes, parse_override(override, cls), whole)
-    return decode_config(merge(merged, changes), cls)
+    return decode_config(_laid_over(merged, changes), cls)
+
+
+_OF_A_PATH = {"model": ("revision",), "data": ("name", "revision")}
+"""Settings that say which of several things a section's `path` means, and nothing without it."""
+
+
+def _laid_over(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    """`merge`; another `path` takes what belonged to the one before it along."""
+    kept = dict(base)
+    for section, names in _OF_A_PATH.items():
+        old, new = base.get(section), update.get(section)
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and "path" in new:
+            same = old.get("path") == new["path"]
+            kept[section] = {k: v for k, v in old.items() if same or k not in names}
+    return merge(kept, update)
 
 
 def decode_config(raw: Mapping[str, Any], cls: type = Config) -> Any:

@@ -375,3 +375,16 @@ def test_a_bad_file_is_told_in_one_line(tmp_path, name, content, message):
         load_config([tmp_path / "c.yaml"])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_another_path_takes_its_name_and_revision_along(tmp_path):
+    text = (
+        "data: {path: openai/gsm8k, name: main, revision: v1}\nmodel: {path: a/b, revision: v2}\n"
+    )
+    (file := tmp_path / "a.yaml").write_text(text)
+    moved = load_config([file], ["data.path=mine.jsonl", "model.path=there"])
+    assert (moved.data.name, moved.data.revision, moved.model.revision) == (None, None, None)
+    named = load_config([file], ["data.path=c/d", "data.name=x", "model.path=a/b"])
+    assert (named.data.name, named.data.revision, named.model.revision) == ("x", None, "v2")
+    (over := tmp_path / "b.yaml").write_text("data: {path: e/f}\n")
+    assert load_config([file, over]).data.name is None

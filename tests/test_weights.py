@@ -122,6 +122,7 @@ def test_hub_id_that_cannot_be_reached_is_one_line():
     assert "\n" not in str(error.value)
 
 
-def test_revision_of_a_directory_is_refused(model_dir):
-    with pytest.raises(ConfigError, match="needs a hub id"):
-        resolve_model_dir(str(model_dir), "main")
+def test_revision_of_a_local_model_is_refused(model_dir):
+    for path in (str(model_dir), "embedded"):
+        with pytest.raises(ConfigError, match="needs a hub id"):
+            resolve_model_dir(path, "main")

@@ -47,6 +47,8 @@ def resolve_model_dir(
     Raises:
         ConfigError: no such directory, not a hub id, or the hub cannot serve it.
     """
+    if path == EMBEDDED and revision is not None:
+        raise ConfigError(f"model.revision={revision} needs a hub id; the embedded model is local")
     if path == EMBEDDED:
         return EMBEDDED_DIR
     local = Path(path).expanduser()

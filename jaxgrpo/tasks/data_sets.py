@@ -140,6 +140,7 @@ def _answer_trouble(problem: Problem, rewards: Sequence[str], config: DataConfig
 
 
 def _embedded(config: DataConfig, split: str) -> list[Mapping[str, Any]]:
+    _refuse_hub_settings(config, "the embedded problems are generated")
     if split not in ("train", "test"):
         raise ConfigError(f"the embedded problems have splits train and test, not '{split}'")
     count = config.embedded_problems if split == "train" else EMBEDDED_EVAL_PROBLEMS
@@ -148,6 +149,8 @@ def _embedded(config: DataConfig, split: str) -> list[Mapping[str, Any]]:
 
 def _read(config: DataConfig, split: str) -> list[Mapping[str, Any]]:
     path = Path(config.path).expanduser()
+    if path.exists():
+        _refuse_hub_settings(config, f"{path} is local")
     if path.is_dir():
         found = [path / f"{split}{suffix}" for suffix in _SUFFIXES]
         files = [file for file in found if file.is_file()]
@@ -167,6 +170,14 @@ def _read(config: DataConfig, split: str) -> list[Mapping[str, Any]]:
         near = _nearest(path)
         raise ConfigError(f"data.path: {path} does not exist{near}")
     return _read_hub(config, split)
+
+
+def _refuse_hub_settings(config: DataConfig, why: str) -> None:
+    """A part or a version of the hub's data sets, named beside problems that have neither."""
+    for name in ("name", "revision"):
+        value = getattr(config, name)
+        if value is not None:
+            raise ConfigError(f"data.{name}={value} needs a hub id as data.path; {why}")
 
 
 def _nearest(path: Path) -> str:

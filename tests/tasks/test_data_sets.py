@@ -162,3 +162,13 @@ def test_rows_without_an_answer_are_left_out_and_counted_where_the_user_says_so(
     assert [problem.index for problem in kept] == [0, 1, 3]
     with pytest.raises(ConfigError, match=r"^train: no row's 'answer' holds an answer"):
         answered_problems(problems[1:3], "train", ["math_boxed"], config)
+
+
+@pytest.mark.parametrize("name", ["name", "revision"])
+def test_what_only_a_hub_has_is_refused_beside_local_problems(tmp_path, name):
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(json.dumps({"question": "a", "answer": "#### 1"}) + "\n")
+    for path, why in ((rows, "is local"), (tmp_path, "is local"), ("embedded", "are generated")):
+        config = DataConfig(path=str(path), **{name: "main"})
+        with pytest.raises(ConfigError, match=f"data.{name}=main needs a hub id.*{why}"):
+            load_problems(config, "train")

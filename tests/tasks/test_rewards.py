@@ -294,17 +294,27 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("piece", HOSTILE)
-def test_hundred_kilobytes_of_anything_stay_cheap(piece: str):
-    body = (piece * 100_000)[:100_000]
-    for text in (body, "#### " + body, "\\boxed{" + body + "}", "answer is " + body + "x"):
-        start = time.thread_time()  # other processes and threads may have the processor
+def _judged_in(text: str) -> float:
+    """Processor seconds that this thread needs to judge `text`, the least of three."""
+    spent = []
+    for _ in range(3):
+        start = time.thread_time()
         answers.extract_answer(text)
         rewards.format_reward([text], ["1"])
         answers.lm_eval_strict(text)
         answers.lm_eval_flexible(text)
-        spent = time.thread_time() - start
-        assert spent < 0.2, f"{spent:.2f} s"
+        spent.append(time.thread_time() - start)
+    return min(spent)
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_hundred_kilobytes_of_anything_stay_cheap(piece: str):
+    # A pattern that starts over at every place takes the square of the length: sixteen times as
+    # long for four times the text, on any machine. Linear ones take four times.
+    for before, after in (("", ""), ("#### ", ""), ("\\boxed{", "}"), ("answer is ", "x")):
+        short, long = (before + (piece * n)[:n] + after for n in (25_000, 100_000))
+        grown = (_judged_in(long) / (_judged_in(short) + 1e-3) for _ in range(3))
+        assert any(times < 9 for times in grown), (before, piece)
 
 
 @pytest.mark.parametrize("gold", ["", "no number", "#### ", "text 18\n#### none"])
