@@ -166,8 +166,9 @@ def print_arms(config: StudyConfig, console: Console) -> None:
     Raises:
         ConfigError: the first plan that no importance can turn into ranks.
     """
-    from jaxgrpo.study.config import BOUNDED, arm_label, list_arms
+    from jaxgrpo.study.config import arm_label, list_arms
     from jaxgrpo.study.planner import Planner
+    from jaxgrpo.study.sections import BOUNDED
 
     planner = Planner(config)
     planner.check()

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from jaxgrpo.config import MODULES, ConfigError, ScaleRule, suggestion
+from jaxgrpo.config import ConfigError, ScaleRule, suggestion
 from jaxgrpo.study.budget import (
     Budget,
     Slots,
@@ -23,8 +22,7 @@ from jaxgrpo.study.budget import (
     reachable,
     unreachable,
 )
-
-Combine = Literal["root_sum_square", "sum"]
+from jaxgrpo.study.problem import Combine, Problem, make_problem
 
 # Importances further below the largest count as this share of it, as does 0; squares and inverses
 # then stay within float64.
@@ -58,7 +56,7 @@ def allocate(
             f"unknown allocation method '{method}'; {suggestion(method, list(METHODS))}"
         )
     function = METHODS[method]
-    problem = _problem(importance, shapes, budget, dimensions=2 if method == "eva" else 1)
+    problem = make_problem(importance, shapes, budget, dimensions=2 if method == "eva" else 1)
     if function is not reduced:  # whose own budget is smaller
         check_limits(problem.slots, budget.total, budget.unit)
     parameters = list(inspect.signature(function).parameters.values())[1:]
@@ -84,105 +82,6 @@ def spent(
     if unit == "ranks":
         return int(sum(r.sum() for r in ranks.values()))
     return int(sum(r.sum() * sum(shapes[module]) for module, r in ranks.items()))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One allocation: importances stacked in the model's module order, and what may be chosen.
-
-    Attributes:
-        values: [M, L], or [M, L, R] for explained variance ratios.
-        slots: what gets a rank: the L layers, or the M * L adapters, module by module.
-        sizes: parameters of one rank of each slot, whatever the budget counts.
-    """
-
-    modules: tuple[str, ...]
-    values: np.ndarray
-    slots: Slots
-    sizes: np.ndarray
-    budget: Budget
-
-    def by_layer(self, combine: Combine) -> np.ndarray:
-        """Importance of a layer, [L], from its modules'."""
-        if combine not in get_args(Combine):
-            raise ConfigError(
-                f"unknown combine '{combine}'; {suggestion(str(combine), get_args(Combine))}"
-            )
-        largest = self.values.max() or 1.0
-        values = self.values / largest
-        # hypot, because a square underflows where its root would not.
-        return values.sum(0) if combine == "sum" else np.hypot.reduce(values, axis=0)
-
-    def by_slot(self, combine: Combine) -> np.ndarray:
-        """Importance of each slot, [n], over the power of two above the largest: that
-        division rounds nothing, so different importances stay different."""
-        by_layer = self.by_layer(combine)
-        values = by_layer if self.budget.granularity == "layer" else self.values.ravel()
-        if not values.max() > 0:
-            raise ConfigError("allocation: every importance is 0, there is nothing to rank by")
-        return np.ldexp(values, -np.frexp(values.max())[1])
-
-    def by_module(self, ranks: np.ndarray) -> dict[str, np.ndarray]:
-        """Ranks of the slots as module -> int array [L]."""
-        table = np.broadcast_to(ranks.reshape(-1, self.values.shape[1]), self.values.shape[:2])
-        return {module: table[i].astype(np.int64) for i, module in enumerate(self.modules)}
-
-    def solve(
-        self, ratios: np.ndarray, order: np.ndarray, slots: Slots | None = None
-    ) -> np.ndarray:
-        return apportion(ratios, order, slots or self.slots, self.budget.total, self.budget.unit)
-
-
-def _problem(
-    importance: Mapping[str, np.ndarray],
-    shapes: Mapping[str, tuple[int, int]],
-    budget: Budget,
-    dimensions: int,
-) -> Problem:
-    if not importance:
-        raise ConfigError("allocation: no module has an importance")
-    for module in importance:
-        if module not in MODULES:
-            raise ConfigError(
-                f"allocation: unknown module '{module}'; {suggestion(module, MODULES)}"
-            )
-        if module not in shapes:
-            raise ConfigError(f"allocation: module '{module}' has no shape (in, out)")
-    modules = tuple(module for module in MODULES if module in importance)
-    arrays = [np.asarray(importance[module], np.float64) for module in modules]
-    wanted = "[layers, components]" if dimensions == 2 else "[layers]"
-    for module, array in zip(modules, arrays, strict=True):
-        if array.ndim != dimensions or array.size == 0:
-            raise ConfigError(
-                f"allocation: the importance of {module} has shape {array.shape}, not {wanted}"
-            )
-        if array.shape != arrays[0].shape:
-            raise ConfigError(
-                f"allocation: the importance of {module} has shape {array.shape}, that of "
-                f"{modules[0]} {arrays[0].shape}"
-            )
-        if not (np.isfinite(array) & (array >= 0)).all():
-            raise ConfigError(
-                f"allocation: the importance of {module} must be finite and not negative"
-            )
-    values = np.stack(arrays)
-    slots, sizes = _slots([shapes[module] for module in modules], values.shape[1], budget)
-    return Problem(modules, values, slots, sizes, budget)
-
-
-def _slots(shapes: list[tuple[int, int]], layers: int, budget: Budget) -> tuple[Slots, np.ndarray]:
-    """What gets a rank, and the parameters of one rank of each."""
-    sizes = np.array([sum(shape) for shape in shapes], np.int64)
-    costs = sizes if budget.unit == "parameters" else np.ones_like(sizes)
-    high = np.array([min(s) for s in shapes], np.int64)
-    if budget.max_rank is not None:
-        high = np.minimum(high, budget.max_rank)
-    if budget.granularity == "layer":
-        costs, sizes = costs.sum(keepdims=True), sizes.sum(keepdims=True)
-        high = high.min(keepdims=True)
-    costs, sizes, high = (np.repeat(x, layers) for x in (costs, sizes, high))
-    name = "layers" if budget.granularity == "layer" else "adapters"
-    return Slots(costs, np.full(len(costs), budget.min_rank), high, name), sizes
 
 
 def _shares(weights: np.ndarray, slots: Slots) -> np.ndarray:

@@ -26,8 +26,6 @@ from jaxgrpo.records.run_directory import (
 )
 from jaxgrpo.study.allocate import spent
 from jaxgrpo.study.config import (
-    DYNAMIC,
-    FROM_CALIBRATION,
     Arm,
     StudyConfig,
     StudyFiles,
@@ -51,6 +49,7 @@ from jaxgrpo.study.runs import (
     profile_config,
     write_plan,
 )
+from jaxgrpo.study.sections import DYNAMIC, FROM_CALIBRATION
 
 PROBE_SEED = 1000
 """Random plans of probes are drawn from here on, those of arms from 0 on."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from jaxgrpo.config import ConfigError
+from jaxgrpo.config import ConfigError, check_choice
 from jaxgrpo.study.budget import largest_within
+
+CRITERIA = ("energy", "rank_budget", "parameters", "parameter_budget", "per_adapter")
+"""What says how much `compress` keeps."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,7 @@ def compress(
     b: Mapping[str, np.ndarray],
     ranks: Mapping[str, np.ndarray],
     scales: Mapping[str, np.ndarray],
-    *,
-    energy: float | None = None,
-    rank_budget: int | None = None,
-    parameters: float | None = None,
-    parameter_budget: int | None = None,
-    per_adapter: int | None = None,
+    **amount: float,
 ) -> Compressed:
     """Keeps the largest singular values of all updates scale * A B, and refactors what is left.
 
@@ -65,27 +62,19 @@ def compress(
         a, b: module -> [L, in, R] and [L, R, out].
         ranks: module -> [L] ranks in use, or [L, R] masks.
         scales: module -> [L].
-        energy: keep the fewest values whose squares reach this share of all, in (0, 1].
-        rank_budget: keep this many values. Ties go to the first module of `a`, then layer.
-        parameters: keep as many of the largest values as fit into this share, in (0, 1], of the
-            parameters that the ranks in use have.
-        parameter_budget: keep the largest values that have exactly so many parameters, or the most
-            below that whole ranks can have (`largest_within`).
-        per_adapter: keep this many of every adapter's own largest: no global cut, the control.
-            Exactly one of the five is given.
+        amount: exactly one of CRITERIA.
+            energy: keep the fewest values whose squares reach this share of all, in (0, 1].
+            rank_budget: keep this many values. Ties go to the first module of `a`, then layer.
+            parameters: keep as many of the largest values as fit into this share, in (0, 1], of
+                the parameters that the ranks in use have.
+            parameter_budget: keep the largest values that have exactly so many parameters, or the
+                most below that whole ranks can have (`largest_within`).
+            per_adapter: keep this many of every adapter's own largest: no global cut, the control.
 
     Raises:
         ConfigError: not one criterion, one out of range, modules or shapes that do not agree, or
             updates that are not finite or all zero.
     """
-    criteria: dict[str, Any] = {
-        "energy": energy,
-        "rank_budget": rank_budget,
-        "parameters": parameters,
-        "parameter_budget": parameter_budget,
-        "per_adapter": per_adapter,
-    }
-    amount = {name: value for name, value in criteria.items() if value is not None}
     _check(a, b, ranks, scales, amount)
     factors, strengths, costs = [], [], []
     for module in a:
@@ -101,7 +90,8 @@ def compress(
     if not (pooled > 0).any():
         raise ConfigError("compress: every update is zero, there is nothing to keep")
     places = np.concatenate([np.arange(len(s)) for s in strengths])
-    kept = _cut(pooled, np.concatenate(costs), places, **amount)
+    ((criterion, value),) = amount.items()
+    kept = _cut(pooled, np.concatenate(costs), places, criterion, value)
     owners = np.repeat(np.arange(len(strengths)), [len(s) for s in strengths])
     counts = np.bincount(owners[kept], minlength=len(strengths))
     new_ranks, new_a, new_b, start = {}, {}, {}, 0
@@ -148,44 +138,39 @@ def _cut(
     pooled: np.ndarray,
     costs: np.ndarray,
     places: np.ndarray,
-    *,
-    energy: float | None = None,
-    rank_budget: int | None = None,
-    parameters: float | None = None,
-    parameter_budget: int | None = None,
-    per_adapter: int | None = None,
+    criterion: str,
+    value: float,
 ) -> np.ndarray:
     """Indices of the values kept. Values fall within an adapter, so it keeps its first ones."""
-    if per_adapter is not None:
-        return np.flatnonzero(places < per_adapter)
+    if criterion == "per_adapter":
+        return np.flatnonzero(places < value)
     order = np.argsort(-pooled, kind="stable")
-    if parameters is not None:
+    if criterion == "parameters":
         # One threshold for all, as ever: the first value that does not fit ends it.
-        fitting = np.searchsorted(np.cumsum(costs[order]), parameters * costs.sum(), side="right")
+        fitting = np.searchsorted(np.cumsum(costs[order]), value * costs.sum(), side="right")
         if fitting == 0:
             raise ConfigError(
-                f"compress: not one rank fits into {parameters:g} of the {costs.sum():,} parameters"
+                f"compress: not one rank fits into {value:g} of the {costs.sum():,} parameters"
             )
         return order[:fitting]
-    if parameter_budget is not None:
-        if not costs.min() <= parameter_budget <= costs.sum():
+    if criterion == "parameter_budget":
+        if not costs.min() <= value <= costs.sum():
             raise ConfigError(
-                f"compress: parameter_budget {parameter_budget:,} is not in {costs.min():,}.."
+                f"compress: parameter_budget {value:,} is not in {costs.min():,}.."
                 f"{costs.sum():,}: one rank, and all there are"
             )
-        return np.flatnonzero(largest_within(pooled, costs, parameter_budget))
-    if rank_budget is not None:
-        if not 1 <= rank_budget <= len(pooled):
+        return np.flatnonzero(largest_within(pooled, costs, int(value)))
+    if criterion == "rank_budget":
+        if not 1 <= value <= len(pooled):
             raise ConfigError(
-                f"compress: rank_budget {rank_budget} is not in 1..{len(pooled)}, the singular "
+                f"compress: rank_budget {value} is not in 1..{len(pooled)}, the singular "
                 "values there are"
             )
-        return order[:rank_budget]
-    assert energy is not None
+        return order[: int(value)]
     # Relative to the largest, so that squares of small updates do not underflow.
     squares = (pooled[order] / pooled.max()) ** 2
     sums = np.cumsum(squares)
-    return order[: int(np.searchsorted(sums, energy * sums[-1])) + 1]
+    return order[: int(np.searchsorted(sums, value * sums[-1])) + 1]
 
 
 def _masks(ranks: np.ndarray, width: int) -> np.ndarray:
@@ -202,11 +187,9 @@ def _check(
     amount: Mapping[str, float],
 ) -> None:
     if len(amount) != 1:
-        raise ConfigError(
-            "compress: give one of energy, rank_budget, parameters, parameter_budget and "
-            "per_adapter"
-        )
+        raise ConfigError(f"compress: give one of {', '.join(CRITERIA[:-1])} and {CRITERIA[-1]}")
     ((name, value),) = amount.items()
+    check_choice(name, CRITERIA, "the criterion of compress")
     if name in ("energy", "parameters") and not 0 < value <= 1:
         raise ConfigError(f"compress: {name} must lie in (0, 1], got {value}")
     if name == "per_adapter" and value < 1:

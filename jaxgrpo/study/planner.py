@@ -15,11 +15,6 @@ from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.study.allocate import allocate
 from jaxgrpo.study.budget import Budget, Granularity
 from jaxgrpo.study.config import (
-    BY_MODULE,
-    FROM_CALIBRATION,
-    FROM_PROFILE,
-    SCALE_RULES,
-    WIDE,
     Arm,
     StudyConfig,
     StudyFiles,
@@ -28,6 +23,7 @@ from jaxgrpo.study.config import (
 )
 from jaxgrpo.study.norms import first_order_speed, importance, no_gradient, read_norms
 from jaxgrpo.study.runs import has_plan_file, read_profile_model
+from jaxgrpo.study.sections import BY_MODULE, FROM_CALIBRATION, FROM_PROFILE, SCALE_RULES, WIDE
 
 
 class Planner:

@@ -14,8 +14,6 @@ from jaxgrpo.run import main
 from jaxgrpo.study.allocate import allocate, spent
 from jaxgrpo.study.budget import Budget
 from jaxgrpo.study.config import (
-    PLANS,
-    WIDE,
     Arm,
     StudyConfig,
     StudyFiles,
@@ -25,6 +23,7 @@ from jaxgrpo.study.config import (
 from jaxgrpo.study.norms import first_order_speed
 from jaxgrpo.study.planner import Planner
 from jaxgrpo.study.runs import arm_config, has_plan_file, plan_name
+from jaxgrpo.study.sections import PLANS, WIDE
 from tests.study.test_allocate import PAPER_SHARES, QWEN_1_5B
 
 QWEN_CONFIG = {
