@@ -8,9 +8,11 @@ table leaves open.
 from __future__ import annotations
 
 import enum
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
 from typing import Any
 
 import jax
@@ -145,6 +147,30 @@ def _describe(device: Any, sizes: Mapping[str, int], memory: int | None) -> Devi
 def default_platform() -> str:
     """Of the devices that a mesh is made of where none are named."""
     return jax.default_backend()
+
+
+CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+"""What jax reaches NVIDIA's GPUs through."""
+
+
+def check_gpu_is_used() -> None:
+    """jax goes on with the processor where a GPU cannot be had: what was meant for a GPU would run
+    there for days. `JAX_PLATFORMS=cpu` says that it is meant.
+
+    Raises:
+        ConfigError: jax could use this machine's GPU, but did not get it.
+    """
+    if default_platform() != "cpu" or jax.config.jax_platforms:  # type: ignore[attr-defined]
+        return
+    if not glob("/dev/nvidia[0-9]*") or not any(map(importlib.util.find_spec, CUDA_PLUGINS)):
+        return
+    try:
+        jax.devices("cuda")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"jax cannot use this machine's GPU: {' '.join(str(error).split())[:300]}; free it or "
+            "mend its driver, or set JAX_PLATFORMS=cpu to run on the processor"
+        ) from None
 
 
 def peak_memory() -> int | None:

@@ -33,6 +33,7 @@ from jaxgrpo.commands.settings import SETTINGS
 from jaxgrpo.commands.sweep import SWEEP
 from jaxgrpo.commands.training import EVAL, EXIT_INTERRUPTED, STUDY, TRAIN
 from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.out_of_memory import out_of_memory_line
 from jaxgrpo.records.run_directory import DivergedError, RunLockedError
 
 __all__ = ["COMMANDS", "EMBEDDED_CONFIG", "entry_point", "main"]
@@ -127,6 +128,12 @@ def guarded(run: Callable[[], int]) -> int:
     except (OSError, DivergedError) as error:
         text = " ".join(str(error).split())
         print(f"error: {text}", file=sys.stderr)
+        return EXIT_ERROR
+    except RuntimeError as error:  # jax's own is one
+        line = out_of_memory_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

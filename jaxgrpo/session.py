@@ -16,6 +16,7 @@ from jaxgrpo.config import Config, ConfigError, LoraConfig
 from jaxgrpo.mesh import (
     Purpose,
     batch_shards,
+    check_gpu_is_used,
     default_platform,
     device_of,
     fold_key,
@@ -159,6 +160,7 @@ def open_model(config: Config) -> OpenModel:
     Raises:
         ConfigError: anything about the model that the user has to mend.
     """
+    check_gpu_is_used()
     keep_compiled_programs()
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
