@@ -1,0 +1,72 @@
+"""The benchmark on real work: its arithmetic, and a tiny run of both sides."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxgrpo.model.weights import EMBEDDED_DIR
+from jaxgrpo.tasks.problems import make_problems
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_real.py"
+SPEC = importlib.util.spec_from_file_location("bench_real", SCRIPT)
+assert SPEC is not None and SPEC.loader is not None
+bench_real = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(bench_real)
+
+TINY = ["grpo.prompts_per_step=4", "grpo.group_size=2", "rollout.max_completion_tokens=8"]
+
+
+def test_figures_are_those_of_the_lines():
+    steps = [
+        {
+            "time": 100 + 50 + 2.0 * i + (1.0 if i > 5 else 0.0),
+            "reward": 0.05 * i,
+            "completions/mean_length": 10.0,
+            "time/rollout_s": 0.5,
+            "time/programs_compiled": 3.0 if i == 0 else float(i == 7),
+            "time/compile_s": 40.0 if i == 0 else 0.5 * (i == 7),
+            "sampling/sampling_logp_difference/mean": 0.01 * (2 if i == 4 else 1),
+        }
+        for i in range(20)
+    ]
+    found = bench_real.figures(steps, rows=8, started=100.0, passes=0.42)
+    assert found["first_step_s"] == 50
+    assert found["mean_step_s"] == pytest.approx(39 / 19)
+    assert found["median_step_s"] == 2
+    assert found["tokens_per_s"] == pytest.approx(80 * 19 / 39)
+    assert (found["programs"], found["programs_after_first"], found["compile_s"]) == (4, 1, 40.5)
+    assert found["largest_drift"] == pytest.approx(2)
+    # Steps 5 to 14 are the first ten whose mean, 0.05 x 9.5, is above; their last is the 14th + 1.
+    assert found["passes_step"] == 14 and found["passes_s"] == 50 + 2 * 13 + 1
+    assert found["last_reward"] == pytest.approx(0.05 * 14.5)
+    never = bench_real.figures(steps[: bench_real.WINDOW - 1], rows=8, started=100.0, passes=0.0)
+    assert never["passes_s"] is None
+    assert "mean_step_s" not in bench_real.figures(steps[:1], rows=8, started=100.0, passes=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", [[], ["--peer", "trl", "--rows", "8"]], ids=["alone", "trl"])
+def test_a_tiny_run_of_both_sides(tmp_path, peer):
+    rows = "".join(json.dumps(row) + "\n" for row in make_problems("train", 64))
+    (tmp_path / "train.jsonl").write_text(rows)
+    (tmp_path / "test.jsonl").write_text(rows)
+    config = EMBEDDED_DIR.parent / "embedded.yaml"
+    words = [str(EMBEDDED_DIR), str(tmp_path), "--config", str(config), "--steps", "3", *peer]
+    out = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *words, "--out", str(out), *TINY],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert found["jaxgrpo"]["steps"] == 3 and found["jaxgrpo"]["programs_after_first"] == 0
+    for figure in found.values():
+        assert 0 < figure["mean_step_s"] < figure["first_step_s"]
+        assert 0 < figure["mean_length"] <= 8
+    assert list(found) == ["jaxgrpo", *peer[1:2]]
