@@ -36,8 +36,8 @@ def run_eval(
     With `eval.also_greedy` also greedily, as `eval/greedy_...` beside the sampled metrics.
     """
     config = session.config
-    plan = None if lora is None else session.device_plan
-    weights = make_decode_weights(session.model_config, session.base, lora, plan)
+    adapters = None if lora is None else session.adapters(lora)
+    weights = make_decode_weights(session.model_config, session.base, adapters)
     made = [(programs.generate_eval, config, "step")]
     if config.eval.also_greedy:
         greedy = dataclasses.replace(config.eval, samples=1, temperature=0.0, also_greedy=False)

@@ -17,7 +17,7 @@ from jaxgrpo.config import GrpoConfig, Objective
 from jaxgrpo.evaluate import score_completions
 from jaxgrpo.grpo.advantages import compared_rewards, compute_advantages, reward_metrics
 from jaxgrpo.grpo.optimizer import make_optimizer
-from jaxgrpo.grpo.step import make_logprobs, make_train_step
+from jaxgrpo.grpo.step import StepSettings, make_logprobs, make_train_step
 from jaxgrpo.mesh import Purpose, batch_shards, fold_key, replicate, shard_rows, to_host
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.model.pack_rows import pack_rows
@@ -72,16 +72,7 @@ def make_programs(session: Session) -> Programs:
             config.grpo.logprob_chunk_tokens,
             "none",
         ),
-        train_step=make_train_step(
-            session.model_config,
-            config.grpo,
-            config.rollout.temperature,
-            config.rollout.max_completion_tokens,
-            config.model.remat,
-            optimizer,
-            objective=config.objective,
-            weight_grad_norms=config.weight_grad_norms,
-        ),
+        train_step=make_train_step(session.model_config, StepSettings.of(config), optimizer),
         optimizer=optimizer,
     )
 
@@ -168,12 +159,7 @@ def sample_rollout(
     """The prompts of a step and the policy's completions, on the host."""
     config = session.config
     prompts = session.train_prompts.batch(config.seed, step, config.grpo.prompts_per_step)
-    weights = make_decode_weights(
-        session.model_config,
-        session.base,
-        lora,
-        session.device_plan,
-    )
+    weights = make_decode_weights(session.model_config, session.base, session.adapters(lora))
     tokens, mask = shard_rows(session.mesh, (prompts.tokens, prompts.mask))
     key = fold_key(config.seed, step, Purpose.ROLLOUT)
     rollout = programs.generate(weights, tokens, mask, key)
@@ -245,10 +231,10 @@ def make_train_batch(
     if config.objective == "sft":
         return batch
     if config.grpo.num_iterations > 1:
-        old = programs.logprobs(session.base, lora, session.device_plan, batch)
+        old = programs.logprobs(session.base, session.adapters(lora), batch)
         batch = dataclasses.replace(batch, old_logprobs=old)
     if config.grpo.kl_coef > 0:
-        ref = programs.logprobs(session.base, *(session.reference or (None, None)), batch)
+        ref = programs.logprobs(session.base, session.reference, batch)
         batch = dataclasses.replace(batch, ref_logprobs=ref)
     return batch
 

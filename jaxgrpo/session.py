@@ -44,7 +44,7 @@ from jaxgrpo.tasks.data import PromptSource
 from jaxgrpo.tasks.data_sets import answered_problems, load_problems
 from jaxgrpo.tasks.rewards import load_reward
 from jaxgrpo.tasks.texts import load_tokenizer
-from jaxgrpo.types import LoraPlan, Tree
+from jaxgrpo.types import Adapters, LoraPlan, Tree
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Session:
         rewards: name -> function, in the configuration's order.
         eval_reward: what says which completions are right.
         stop: what ends a completion.
-        reference: adapters and plan of the policy that KL is measured to; None: the base model.
+        reference: adapters of the policy that KL is measured to; None: the base model.
     """
 
     config: Config
@@ -76,7 +76,7 @@ class Session:
     eval_reward: Callable
     stop: StopRules
     adapter: StackedAdapter | None = None
-    reference: tuple[Tree, LoraPlan] | None = None
+    reference: Adapters | None = None
 
     @property
     def prompt_hashes(self) -> dict[str, str]:
@@ -114,6 +114,10 @@ class Session:
         if self.adapter is not None:
             lora = self.adapter.start(lora, self.plan)
         return self.place_lora(lora)
+
+    def adapters(self, lora: Tree) -> Adapters:
+        """`lora` under the plan."""
+        return Adapters(lora, self.device_plan)
 
     def place_lora(self, lora: Tree) -> Tree:
         """Adapters of this plan, sharded over the mesh."""
@@ -223,7 +227,7 @@ def open_session(config: Config, console: Console | None = None) -> Session:
     if model.adapter is None or config.grpo.kl_coef == 0:
         return session
     # As TRL's: what training starts from, and not the model under it.
-    return dataclasses.replace(session, reference=(session.init_lora(), session.device_plan))
+    return dataclasses.replace(session, reference=session.adapters(session.init_lora()))
 
 
 def place_lora(mesh: Mesh, lora: Tree) -> Tree:

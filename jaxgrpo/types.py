@@ -73,6 +73,22 @@ class LoraPlan:
 
 @_pytree
 @dataclass(frozen=True)
+class Adapters:
+    """The adapters of a policy under their plan; None in their place is the base model.
+
+    Attributes:
+        lora: module -> {"a": [L, in, R], "b": [L, R, out]}, float32.
+        plan: of the same modules.
+        joined: what `model.api.join_adapters` made of them and the frozen weights, if it did.
+    """
+
+    lora: Tree
+    plan: LoraPlan
+    joined: Tree | tuple[Tree, ...] | None = None
+
+
+@_pytree
+@dataclass(frozen=True)
 class Rollout:
     """B = P*G completions.
 

@@ -8,6 +8,7 @@ grpo.prompts_per_step=8. "None" is a step whose norms nobody asks for, so that X
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jaxgrpo.bench.measure import Bench, environment
 from jaxgrpo.commands.bench import BENCH
 from jaxgrpo.commands.command import parse_settings
-from jaxgrpo.grpo.step import init_train_state, make_train_step
+from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step
 
 VARIANTS = {"none": (False, False), "1-3": (False, True), "1-4": (True, True)}
 """Views -> whether the step differentiates by the frozen weights, whether it returns the norms."""
@@ -30,15 +31,8 @@ def measure(bench: Bench, by_kernels: bool, keep: bool) -> list[float]:
     """Seconds of each run, the one that compiles first."""
     config = bench.config
     # Its function without its own jit, whose compiler options only the outermost may have.
-    step = make_train_step(
-        bench.model,
-        config.grpo,
-        config.rollout.temperature,
-        config.rollout.max_completion_tokens,
-        config.model.remat,
-        bench.optimizer,
-        weight_grad_norms=by_kernels,
-    ).__wrapped__
+    settings = dataclasses.replace(StepSettings.of(config), weight_grad_norms=by_kernels)
+    step = make_train_step(bench.model, settings, bench.optimizer).__wrapped__
 
     def run(state, base, plan, batch):
         state, report = step(state, base, plan, batch)

@@ -13,7 +13,7 @@ from jaxgrpo.model.api import Qwen2Config, head_table, hidden_states
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.pack_rows import pack_rows
 from jaxgrpo.tasks.data import train_rows
-from jaxgrpo.types import LoraPlan, PromptBatch, TrainBatch, Tree
+from jaxgrpo.types import Adapters, PromptBatch, TrainBatch, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +94,7 @@ def on_device(batch: TrainBatch) -> TrainBatch:
 def completion_logprobs(
     config: Qwen2Config,
     base: Tree,
-    lora: Tree | None,
-    plan: LoraPlan | None,
+    adapters: Adapters | None,
     tokens: Any,
     prompt_lengths: Any,
     completions: Any,
@@ -105,7 +104,7 @@ def completion_logprobs(
     """Log-probs and entropies [B, C] from whole rows [B, T], each with its prompt: the reference
     for what is packed. Off a row's completion they mean nothing and are finite."""
     tokens, completions = jnp.asarray(tokens), jnp.asarray(completions)
-    hidden = hidden_states(config, base, lora, plan, tokens)
+    hidden = hidden_states(config, base, adapters, tokens)
     # The hidden state before a token predicts it.
     index = jnp.asarray(prompt_lengths)[:, None] - 1 + jnp.arange(completions.shape[1])[None, :]
     index = jnp.minimum(index, tokens.shape[1] - 1)

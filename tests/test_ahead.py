@@ -252,7 +252,7 @@ def test_more_devices_take_more_places_in_chunks_as_long_as_before():
 
         def loss(base, packing, model=model):
             found = bin_logprobs(
-                model, base, None, None, take_bin(packing, jnp.int32(0)),
+                model, base, None, take_bin(packing, jnp.int32(0)),
                 temperature=1.0, chunk_tokens=chunk, remat="full",
             )  # fmt: skip
             return jnp.sum(found[0])

@@ -11,13 +11,20 @@ import pytest
 from jaxgrpo.config import GrpoConfig, MeshConfig, OptimConfig
 from jaxgrpo.grpo.loss import token_losses, token_weights
 from jaxgrpo.grpo.optimizer import make_optimizer
-from jaxgrpo.grpo.step import init_train_state, make_gradients, make_logprobs, make_train_step
+from jaxgrpo.grpo.step import (
+    StepSettings,
+    init_train_state,
+    make_gradients,
+    make_logprobs,
+    make_train_step,
+)
 from jaxgrpo.iteration import shard_batch
 from jaxgrpo.mesh import ONE_CPU, Device, device_of, make_mesh, replicate, to_host
 from jaxgrpo.model import qwen2
 from jaxgrpo.model.api import Qwen2Config, device_plan, init_base, init_lora
 from jaxgrpo.model.attention import causal_attention
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.types import Adapters
 from tests.gradients import assert_gradients_close
 from tests.rows import completion_logprobs, on_device, random_rows, train_batch
 
@@ -60,14 +67,14 @@ def make_batch(micro_batches=2, shards=1, **options):
 
 
 GRPO = GrpoConfig(prompts_per_step=PROMPTS, group_size=GROUP, logprob_chunk_tokens=16)
+SETTINGS = StepSettings(GRPO, TEMPERATURE, WIDTH, "full")
 
 
 def gradients_of(weights, batch, remat, grpo=GRPO, config=CONFIG):
     base, lora = weights
-    gradients = make_gradients(
-        config, grpo, TEMPERATURE, WIDTH, remat, objective="grpo", by_kernels=True
-    )
-    return jax.jit(gradients)(lora, base, device_plan(PLAN), on_device(batch))
+    settings = StepSettings(grpo, TEMPERATURE, WIDTH, remat, weight_grad_norms=True)
+    adapters = Adapters(lora, device_plan(PLAN))
+    return jax.jit(make_gradients(config, settings))(base, adapters, on_device(batch))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,7 @@ def whole_rows(weights):
         layers = {name: {**base["layers"][name], "kernel": kernels[name]} for name in kernels}
         changed = {**base, "layers": base["layers"] | layers}
         logprobs, entropy = completion_logprobs(
-            CONFIG, changed, lora, device_plan(PLAN), *whole, temperature=TEMPERATURE
+            CONFIG, changed, Adapters(lora, device_plan(PLAN)), *whole, temperature=TEMPERATURE
         )
         weights = token_weights(GRPO.loss, batch.loss_mask, WIDTH)
         return jnp.sum(weights * token_losses(GRPO, logprobs, batch)), (logprobs, entropy)
@@ -113,12 +120,12 @@ def test_eight_devices_compute_packed_rows_as_one_does(weights):
     base, lora = weights
     packed = make_batch(micro_batches=2, shards=4)
     optimizer = make_optimizer(OptimConfig(), 10)
-    step = make_train_step(CONFIG, GRPO, TEMPERATURE, WIDTH, "full", optimizer)
+    step = make_train_step(CONFIG, SETTINGS, optimizer)
     state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
     one = to_host(step(state, base, device_plan(PLAN), on_device(packed))[1])
     mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
     config = dataclasses.replace(CONFIG, device=device_of(mesh))
-    step = make_train_step(config, GRPO, TEMPERATURE, WIDTH, "full", optimizer)
+    step = make_train_step(config, SETTINGS, optimizer)
     with jax.set_mesh(mesh):
         state = init_train_state(replicate(mesh, lora), optimizer)
         rows = shard_batch(mesh, packed)
@@ -130,7 +137,7 @@ def test_log_probs_of_packed_rows(weights, whole_rows):
     base, lora = weights
     packed = on_device(make_batch(micro_batches=4))
     score = make_logprobs(CONFIG, TEMPERATURE, 16, "none")
-    got = score(base, lora, device_plan(PLAN), packed)
+    got = score(base, Adapters(lora, device_plan(PLAN)), packed)
     chex.assert_trees_all_close(got, whole_rows[3] * MASK, atol=1e-4)
 
 
@@ -161,7 +168,7 @@ def test_without_any_advantage_nothing_runs_and_nothing_moves(weights):
     for leaf in jax.tree.leaves((loss, grads, kernel_grads, scored)):
         np.testing.assert_array_equal(leaf, 0)
     optimizer = make_optimizer(OptimConfig(), 10)
-    step = make_train_step(CONFIG, GRPO, TEMPERATURE, WIDTH, "full", optimizer)
+    step = make_train_step(CONFIG, SETTINGS, optimizer)
     state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
     after, metrics = step(state, base, device_plan(PLAN), empty)
     chex.assert_tree_all_finite((after, metrics))

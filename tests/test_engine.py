@@ -22,7 +22,13 @@ from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout import engine
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
-from jaxgrpo.types import FINISH_LENGTH, FINISH_STOP_STRING, FINISH_STOP_TOKEN, check_rollout
+from jaxgrpo.types import (
+    FINISH_LENGTH,
+    FINISH_STOP_STRING,
+    FINISH_STOP_TOKEN,
+    Adapters,
+    check_rollout,
+)
 from tests.rows import completion_logprobs
 
 CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2)
@@ -34,9 +40,10 @@ NEVER = StopRules((10**6,))
 
 
 @functools.cache
-def _lora():
+def _adapters():
     lora = init_lora(CONFIG, PLAN, jax.random.key(1))
-    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape), lora)
+    lora = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape), lora)
+    return Adapters(lora, device_plan(PLAN))
 
 
 @functools.cache
@@ -53,7 +60,7 @@ def _prompts(prompts=4, slots=7):
 
 def _generate(stop=NEVER, key=0, rollout=None, prompts=None, caps=None, config=CONFIG):
     rollout = rollout or RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
-    weights = make_decode_weights(config, _base(), _lora(), device_plan(PLAN))
+    weights = make_decode_weights(config, _base(), _adapters())
     tokens, mask = prompts or _prompts()
     generate = make_generate(config, rollout, stop, GROUP)
     out = generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(key), caps)
@@ -69,7 +76,7 @@ def _full_forward(out, temperature):
         rows[row, :length] = tokens[row // GROUP][mask[row // GROUP]]
         rows[row, length : length + WIDTH] = out.tokens[row]
     score = functools.partial(completion_logprobs, CONFIG, temperature=temperature, chunk_tokens=16)
-    logprobs, _ = jax.jit(score)(_base(), _lora(), device_plan(PLAN), rows, lengths, out.tokens)
+    logprobs, _ = jax.jit(score)(_base(), _adapters(), rows, lengths, out.tokens)
     return np.asarray(logprobs)
 
 
@@ -95,7 +102,8 @@ def test_in_bfloat16_the_sampler_stays_the_policy_however_small_the_adapters(siz
 
     def drift(size):
         lora = {m: {"a": ab["a"], "b": jnp.full_like(ab["b"], size)} for m, ab in fresh.items()}
-        weights = make_decode_weights(config, base, lora, plan)
+        adapters = Adapters(lora, plan)
+        weights = make_decode_weights(config, base, adapters)
         out = generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0))
         lengths = np.repeat(mask.sum(1), 16)
         rows = np.zeros((len(out.tokens), tokens.shape[1] + WIDTH), np.int32)
@@ -103,7 +111,7 @@ def test_in_bfloat16_the_sampler_stays_the_policy_however_small_the_adapters(siz
             rows[row, :length] = tokens[row // 16][mask[row // 16]]
             rows[row, length : length + WIDTH] = out.tokens[row]
         score = functools.partial(completion_logprobs, config, temperature=1.0, chunk_tokens=64)
-        want, _ = jax.jit(score)(base, lora, plan, rows, lengths, out.tokens)
+        want, _ = jax.jit(score)(base, adapters, rows, lengths, out.tokens)
         return float(jnp.mean(jnp.abs(want - out.logprobs)))
 
     assert drift(size) <= 1.2 * drift(0.0)
@@ -182,7 +190,7 @@ def test_two_steps_never_draw_the_same_noise():
     generate = make_generate(
         CONFIG, RolloutConfig(max_completion_tokens=WIDTH, temperature=50.0), NEVER, GROUP
     )
-    weights = make_decode_weights(CONFIG, _base(), None, None)
+    weights = make_decode_weights(CONFIG, _base(), None)
     tokens, mask = map(jnp.asarray, _prompts())
     seen = set()
     for step in range(4):
@@ -198,7 +206,7 @@ def test_eight_devices_sample_what_one_does():
     tokens, mask = np.concatenate([tokens, tokens + 1]), np.concatenate([mask, mask])
     rollout = RolloutConfig(max_completion_tokens=6, temperature=0.9)
     generate = make_generate(CONFIG, rollout, StopRules((5,)), GROUP)
-    weights = make_decode_weights(CONFIG, _base(), _lora(), device_plan(PLAN))
+    weights = make_decode_weights(CONFIG, _base(), _adapters())
     one = to_host(generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0)))
     mesh = make_mesh(MeshConfig(4, 2, 1))
     with jax.set_mesh(mesh):

@@ -156,7 +156,7 @@ def run_eval():
     """Evaluates the embedded model on its first six problems, four at a time."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model, base = load_model(EMBEDDED_DIR, "float32", mesh)
-    weights = make_decode_weights(model, base, None, None)
+    weights = make_decode_weights(model, base, None)
     tokenizer = load_tokenizer(EMBEDDED_DIR)
     stop = make_stop_rules(tokenizer, [tokenizer.eos_token_id], (), model.vocab_size)
     common = ["eval.problems=6", "eval.batch_prompts=4", "rollout.max_completion_tokens=48"]

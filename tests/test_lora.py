@@ -20,6 +20,7 @@ from jaxgrpo.model.api import (
     prefill,
 )
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.types import Adapters
 
 CONFIG = Qwen2Config(61, 48, 80, num_layers=4, num_heads=6, num_kv_heads=2)
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 9))
@@ -45,13 +46,13 @@ def _base():
 
 
 @jax.jit
-def _logits(base, lora, plan):
-    hidden = hidden_states(CONFIG, base, lora, plan, jnp.asarray(TOKENS))
+def _logits(base, adapters):
+    hidden = hidden_states(CONFIG, base, adapters, jnp.asarray(TOKENS))
     return logits(CONFIG, base, hidden)
 
 
 def _output(lora, plan):
-    return _logits(_base(), lora, device_plan(plan))
+    return _logits(_base(), Adapters(lora, device_plan(plan)))
 
 
 def test_masked_plan_equals_separate_lora_of_those_ranks():
@@ -69,7 +70,7 @@ def test_masked_plan_equals_separate_lora_of_those_ranks():
                 kernels[layer] += 8.0 / np.sqrt(r) * (a @ b)
         merged[module] = {**merged[module], "kernel": jnp.asarray(kernels, jnp.float32)}
     by_hand = {**base, "layers": merged}
-    want = _logits(by_hand, None, None)
+    want = _logits(by_hand, None)
     chex.assert_trees_all_close(_output(lora, plan), want, atol=2e-5, rtol=0)
 
 
@@ -96,7 +97,7 @@ def test_initial_values_of_a_rank_do_not_depend_on_max_rank():
 def test_fresh_adapter_changes_nothing():
     plan = _plan()
     fresh = _output(init_lora(CONFIG, plan, jax.random.key(0)), plan)
-    chex.assert_trees_all_equal(fresh, _logits(_base(), None, None))
+    chex.assert_trees_all_equal(fresh, _logits(_base(), None))
 
 
 def test_masked_entries_get_no_gradient():
@@ -142,8 +143,8 @@ def test_the_sampler_carries_scale_times_a_times_b(rule):
     outputs = [
         prefill(CONFIG, weights, jnp.asarray(TOKENS), mask)[0]
         for weights in (
-            make_decode_weights(CONFIG, base, lora, device_plan(plan)),
-            make_decode_weights(CONFIG, {**base, "layers": layers}, None, None),
+            make_decode_weights(CONFIG, base, Adapters(lora, device_plan(plan))),
+            make_decode_weights(CONFIG, {**base, "layers": layers}, None),
         )
     ]
     chex.assert_trees_all_close(*outputs, atol=1e-5, rtol=0)

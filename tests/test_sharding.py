@@ -11,7 +11,7 @@ import pytest
 from jaxgrpo.checkpoint import Checkpoints
 from jaxgrpo.config import Config, ConfigError, GrpoConfig, MeshConfig, OptimConfig, RolloutConfig
 from jaxgrpo.grpo.optimizer import make_optimizer
-from jaxgrpo.grpo.step import init_train_state, make_train_step, packing_metrics
+from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step, packing_metrics
 from jaxgrpo.iteration import pack_batch, shard_batch
 from jaxgrpo.mesh import (
     Purpose,
@@ -41,7 +41,7 @@ from jaxgrpo.model.bins import completions_from_bins, take_bin
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
-from jaxgrpo.types import PromptBatch
+from jaxgrpo.types import Adapters, PromptBatch
 from tests.rows import on_device, random_rows, train_batch
 
 CONFIG = Qwen2Config(
@@ -86,7 +86,13 @@ def test_eight_devices_equal_one(sizes):
         logprobs, entropy = (
             completions_from_bins(found, packing, 5)
             for found in bin_logprobs(
-                config, base, lora, plan, packing, temperature=1.0, chunk_tokens=16, remat="full"
+                config,
+                base,
+                Adapters(lora, plan),
+                packing,
+                temperature=1.0,
+                chunk_tokens=16,
+                remat="full",
             )
         )
         return jnp.mean(logprobs), entropy
@@ -158,7 +164,7 @@ def two_steps(mesh, state=None):
     prompts = PromptBatch(tokens * mask, mask, [""] * 8, [""] * 8, list(range(8)))
     rollout = RolloutConfig(max_completion_tokens=WIDTH)
     generate = make_generate(model, rollout, StopRules((0, 1)), GROUP)
-    step = make_train_step(model, GRPO, 1.0, WIDTH, "full", OPTIMIZER)
+    step = make_train_step(model, StepSettings(GRPO, 1.0, WIDTH, "full"), OPTIMIZER)
     found = []
     # Wide enough weights that sampled tokens are not all alike.
     base = jax.tree.map(lambda x: 4 * x, init_base(model, jax.random.key(0)))
@@ -167,7 +173,7 @@ def two_steps(mesh, state=None):
         plan = replicate(mesh, device_plan(PLAN))
         state = fresh_state(mesh) if state is None else state
         for number in range(2):
-            weights = make_decode_weights(model, base, state.lora, plan)
+            weights = make_decode_weights(model, base, Adapters(state.lora, plan))
             key = fold_key(0, number, Purpose.ROLLOUT)
             host = to_host(generate(weights, *shard_rows(mesh, (prompts.tokens, mask)), key))
             advantages = np.cos(host.tokens.sum(axis=1)).astype(np.float32)
@@ -231,7 +237,7 @@ def test_the_samplers_weights_are_gathered_over_fsdp_and_their_bytes_are_known()
     mesh = make_mesh(MeshConfig(2, 2, 2))
     base = place(mesh, base_logical_axes(CONFIG), init_base(CONFIG, jax.random.key(0)))
     with jax.set_mesh(mesh):
-        weights = make_decode_weights(config_on(mesh), base, None, None)
+        weights = make_decode_weights(config_on(mesh), base, None)
         used = {axis for x in jax.tree.leaves(weights) for axis in x.sharding.spec if axis}
         assert used == {"model"}
         # Key and value heads are fewer than a model axis may be long: every device has them all.

@@ -17,7 +17,13 @@ from jax.sharding import Mesh
 
 from jaxgrpo.config import ConfigError, GrpoConfig, MeshConfig, OptimConfig
 from jaxgrpo.grpo.optimizer import learning_rate_at, make_optimizer
-from jaxgrpo.grpo.step import init_train_state, make_logprobs, make_train_step, packing_metrics
+from jaxgrpo.grpo.step import (
+    StepSettings,
+    init_train_state,
+    make_logprobs,
+    make_train_step,
+    packing_metrics,
+)
 from jaxgrpo.iteration import pack_batch, shard_batch
 from jaxgrpo.mesh import ONE_CPU, Device, batch_shards, device_of, make_mesh, replicate, sharding
 from jaxgrpo.model.api import (
@@ -29,7 +35,7 @@ from jaxgrpo.model.api import (
     lora_logical_axes,
 )
 from jaxgrpo.rank_plan import RankPlan
-from jaxgrpo.types import Rollout, TrainBatch
+from jaxgrpo.types import Adapters, Rollout, TrainBatch
 from tests.compiled import compilations
 from tests.rows import Rows, completion_logprobs, make_rows, on_device, random_rows, train_batch
 
@@ -90,7 +96,8 @@ def make_step(
     grpo = GrpoConfig(logprob_chunk_tokens=16, **changes)
     optimizer = make_optimizer(optim or OptimConfig(learning_rate=1e-2), 10)
     model = dataclasses.replace(MODEL, device=device)
-    return make_train_step(model, grpo, TEMPERATURE, WIDTH, "none", optimizer), optimizer
+    settings = StepSettings(grpo, TEMPERATURE, WIDTH, "none")
+    return make_train_step(model, settings, optimizer), optimizer
 
 
 def copy(tree):
@@ -150,7 +157,7 @@ def test_no_lengths_nor_flat_groups_compile_anything(base, lora):
         )
         advantages = np.repeat(rng.random(PROMPTS) >= flat, GROUP) * rng.normal(size=len(rows.mask))
         batch = pack_batch(mesh, grpo, rows.prompts, rollout, advantages)
-        score(base, state.lora, plan, batch)
+        score(base, Adapters(state.lora, plan), batch)
         bins.add(int(batch.packing.count))
         return step(state, base, plan, batch)[0]
 
@@ -173,9 +180,9 @@ def test_gradient_matches_a_finite_difference_of_the_loss(base, lora, batch):
     """Plain gradient descent at a known rate shows the gradient that the step used."""
     optimizer = optax.sgd(1.0)
     grpo = GrpoConfig(importance_correction="none", num_iterations=2)
-    step = make_train_step(MODEL, grpo, TEMPERATURE, WIDTH, "none", optimizer)
+    step = make_train_step(MODEL, StepSettings(grpo, TEMPERATURE, WIDTH, "none"), optimizer)
     plan = device_plan(make_plan())
-    old = make_logprobs(MODEL, TEMPERATURE, 64, "none")(base, lora, plan, batch)
+    old = make_logprobs(MODEL, TEMPERATURE, 64, "none")(base, Adapters(lora, plan), batch)
     batch = dataclasses.replace(batch, old_logprobs=old)
 
     def loss_at(lora) -> float:
@@ -197,7 +204,7 @@ def test_repeated_updates_on_one_batch_lower_the_loss(base, lora, batch):
     """Inner iterations: the first makes old log-probs of its own, later ones are given them."""
     step, optimizer = make_step(num_iterations=3, importance_correction="none")
     plan = device_plan(make_plan())
-    old = make_logprobs(MODEL, TEMPERATURE, 16, "none")(base, lora, plan, batch)
+    old = make_logprobs(MODEL, TEMPERATURE, 16, "none")(base, Adapters(lora, plan), batch)
     given = dataclasses.replace(batch, old_logprobs=old)
     own, with_old = (
         step(init_train_state(jax.tree.map(jnp.array, lora), optimizer), base, plan, rows)
@@ -217,15 +224,15 @@ def test_log_probs_are_the_models_and_without_adapters_the_base_models(base, lor
     plan, batch = device_plan(make_plan()), make_batch(micro_batches=4)
     assert batch.packing.count > 1
     score = make_logprobs(MODEL, TEMPERATURE, 16, "none")
-    for adapters in ((lora, plan), (None, None)):
+    for adapters in (Adapters(lora, plan), None):
         expected, _ = completion_logprobs(
-            MODEL, base, *adapters, *some_rows().whole, temperature=TEMPERATURE
+            MODEL, base, adapters, *some_rows().whole, temperature=TEMPERATURE
         )
-        got = score(base, *adapters, batch)
+        got = score(base, adapters, batch)
         np.testing.assert_allclose(got, expected * batch.loss_mask, rtol=1e-5, atol=1e-5)
     silent = {m: {"a": ab["a"], "b": jnp.zeros_like(ab["b"])} for m, ab in lora.items()}
     np.testing.assert_allclose(
-        score(base, silent, plan, batch), score(base, None, None, batch), atol=1e-6
+        score(base, Adapters(silent, plan), batch), score(base, None, batch), atol=1e-6
     )
 
 

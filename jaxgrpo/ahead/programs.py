@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgrpo.ahead.shapes import full_bins, row_slots
 from jaxgrpo.config import Config
 from jaxgrpo.grpo.optimizer import make_optimizer
-from jaxgrpo.grpo.step import init_train_state, make_train_step
+from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step
 from jaxgrpo.mesh import batch_shards, sharding
 from jaxgrpo.model.api import (
     Qwen2Config,
@@ -33,7 +33,7 @@ from jaxgrpo.model.pack_rows import packing_shapes
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
-from jaxgrpo.types import LoraPlan, Packing, TrainBatch, TrainState, Tree
+from jaxgrpo.types import Adapters, LoraPlan, Packing, TrainBatch, TrainState, Tree
 
 PROGRAMS = ("merge", "rollout", "train")
 """The sampler's copy of the weights; prompts to completions; one optimizer update."""
@@ -158,16 +158,8 @@ class Lowered:
         # Made outside the mesh, so that their constants stay on the host.
         stop = StopRules((model.vocab_size - 1,))
         self._generate: Any = make_generate(model, config.rollout, stop, config.grpo.group_size)
-        self._train_step: Any = make_train_step(
-            model,
-            config.grpo,
-            config.rollout.temperature,
-            config.rollout.max_completion_tokens,
-            remat,
-            optimizer,
-            objective=config.objective,
-            weight_grad_norms=config.weight_grad_norms,
-        )
+        settings = dataclasses.replace(StepSettings.of(config), remat=remat)
+        self._train_step: Any = make_train_step(model, settings, optimizer)
 
     def compile(self, name: str) -> Any:
         """One of PROGRAMS, compiled for the mesh.
@@ -179,12 +171,9 @@ class Lowered:
             return {"merge": self._merge, "rollout": self._rollout, "train": self._train}[name]()
 
     def _merge(self) -> Any:
-        lowered = make_decode_weights.lower(
-            self._model,
-            self.arguments.base,
-            self.arguments.state.lora,
-            self.arguments.plan,
-        )
+        a = self.arguments
+        adapters = Adapters(a.state.lora, a.plan)
+        lowered = make_decode_weights.lower(self._model, a.base, adapters)
         compiled = lowered.compile(self._options)
         self.sampler = jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),

@@ -25,6 +25,7 @@ from jaxgrpo.bench.settings import SIGMA, BenchConfig
 from jaxgrpo.config import EMBEDDED, check_choice
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import (
+    StepSettings,
     TrainStep,
     init_train_state,
     make_gradients,
@@ -59,7 +60,7 @@ from jaxgrpo.records.run_directory import atomic_write_json
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.session import check_divisible, check_model_axis, place_lora, resolve_dtype
-from jaxgrpo.types import PromptBatch, Rollout, TrainBatch, TrainState, Tree
+from jaxgrpo.types import Adapters, PromptBatch, Rollout, TrainBatch, TrainState, Tree
 
 
 def run_bench(config: BenchConfig) -> dict[str, Any]:
@@ -220,17 +221,10 @@ class Bench:
         self, *, weight_grad_norms: bool | None = None
     ) -> tuple[Callable[[TrainBatch], Any], list[TrainState]]:
         """The train step as (batch) -> report, and the place of its newest state."""
-        config = self.config
-        by_kernels = config.weight_grad_norms if weight_grad_norms is None else weight_grad_norms
-        train_step: TrainStep = make_train_step(
-            self.model,
-            config.grpo,
-            config.rollout.temperature,
-            config.rollout.max_completion_tokens,
-            config.model.remat,
-            self.optimizer,
-            weight_grad_norms=by_kernels,
-        )
+        settings = replace(StepSettings.of(self.config), objective="grpo")
+        if weight_grad_norms is not None:
+            settings = replace(settings, weight_grad_norms=weight_grad_norms)
+        train_step: TrainStep = make_train_step(self.model, settings, self.optimizer)
         state = [init_train_state(jax.tree.map(jnp.array, self.lora), self.optimizer)]
 
         def step(batch: TrainBatch) -> Any:
@@ -254,7 +248,7 @@ class Bench:
         return pack_batch(self.mesh, self.config.grpo, self.prompts, rollout, advantages)
 
     def _decode_weights(self, lora: Tree) -> Tree:
-        return make_decode_weights(self.model, self.base, lora, self.plan)
+        return make_decode_weights(self.model, self.base, Adapters(lora, self.plan))
 
     def _parts_of_sampling(self) -> dict[str, float]:
         """Laying out the weights (`merge_s`) and prefill by themselves; the rest is decoding."""
@@ -275,21 +269,13 @@ class Bench:
             config.grpo.logprob_chunk_tokens,
             "none",
         )
+        settings = replace(StepSettings.of(config), objective="grpo", weight_grad_norms=False)
         gradients = jax.jit(
-            make_gradients(
-                self.model,
-                config.grpo,
-                config.rollout.temperature,
-                config.rollout.max_completion_tokens,
-                config.model.remat,
-                objective="grpo",
-                by_kernels=False,
-            ),
-            compiler_options=self.model.device.options,
+            make_gradients(self.model, settings), compiler_options=self.model.device.options
         )
-        run = (self.lora, self.base, self.plan, batch)
+        run = (self.base, Adapters(self.lora, self.plan), batch)
         return {
-            "logprobs_s": self._time(lambda: logprobs(self.base, self.lora, self.plan, batch))[1],
+            "logprobs_s": self._time(lambda: logprobs(*run))[1],
             "forward_backward_s": self._time(lambda: gradients(*run))[1],
         }
 

@@ -53,6 +53,7 @@ class Chat:
         from jaxgrpo.records.run_directory import RunDirectory
         from jaxgrpo.rollout.engine import make_generate
         from jaxgrpo.session import open_model
+        from jaxgrpo.types import Adapters
 
         # A prompt of a chat may be longer than those of a run.
         data = dataclasses.replace(config.data, max_prompt_tokens=2**15)
@@ -77,12 +78,10 @@ class Chat:
         )
         with jax.set_mesh(self._model.mesh):
             self._generate = make_generate(model_config, rollout, self._model.stop, 1)
-            self._policies = {"base model": make_decode_weights(model_config, base, None, None)}
+            self._policies = {"base model": make_decode_weights(model_config, base, None)}
             if lora is not None:
-                lora, plan = (
-                    replicate(self._model.mesh, tree) for tree in (lora, device_plan(plan))
-                )
-                self._policies[name] = make_decode_weights(model_config, base, lora, plan)
+                adapters = replicate(self._model.mesh, Adapters(lora, device_plan(plan)))
+                self._policies[name] = make_decode_weights(model_config, base, adapters)
 
     def say(self, prompt: str, console: Console) -> None:
         """Prints every policy's completion."""

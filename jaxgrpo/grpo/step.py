@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxgrpo.config import ConfigError, GrpoConfig, Objective
+from jaxgrpo.config import Config, ConfigError, GrpoConfig, Objective
 from jaxgrpo.grpo.layer_grad_norms import layer_grad_norms
 from jaxgrpo.grpo.loss import loss_metrics, token_losses, token_weights
 from jaxgrpo.grpo.optimizer import learning_rate_in
@@ -39,6 +40,7 @@ from jaxgrpo.model.bins import (
     take_bin,
 )
 from jaxgrpo.types import (
+    Adapters,
     LoraPlan,
     Packing,
     StepMetrics,
@@ -47,6 +49,40 @@ from jaxgrpo.types import (
     Tree,
     check_train_batch,
 )
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a train step is compiled for, besides the model.
+
+    Attributes:
+        grpo: the objective.
+        temperature: of the sampler; log-probs are taken under it.
+        max_completion_tokens: the constant in dr_grpo's normalisation.
+        remat: what the backward pass recomputes (`ModelConfig.remat`).
+        objective: sft takes the completions as gold: mean negative log-likelihood of their tokens.
+        weight_grad_norms: also differentiate by the frozen weights, for their norms alone.
+    """
+
+    grpo: GrpoConfig
+    temperature: float
+    max_completion_tokens: int
+    remat: str
+    objective: Objective = "grpo"
+    weight_grad_norms: bool = False
+
+    @classmethod
+    def of(cls, config: Config) -> StepSettings:
+        """A run's."""
+        return cls(
+            grpo=config.grpo,
+            temperature=config.rollout.temperature,
+            max_completion_tokens=config.rollout.max_completion_tokens,
+            remat=config.model.remat,
+            objective=config.objective,
+            weight_grad_norms=config.weight_grad_norms,
+        )
+
 
 TrainStep = Callable[[TrainState, Tree, LoraPlan, TrainBatch], tuple[TrainState, StepMetrics]]
 
@@ -65,46 +101,22 @@ def init_train_state(
 
 
 def make_train_step(
-    model_config: Qwen2Config,
-    grpo: GrpoConfig,
-    temperature: float,
-    max_completion_tokens: int,
-    remat: str,
-    optimizer: optax.GradientTransformation,
-    *,
-    objective: Objective = "grpo",
-    weight_grad_norms: bool = False,
+    model_config: Qwen2Config, settings: StepSettings, optimizer: optax.GradientTransformation
 ) -> TrainStep:
     """Jits (state, base, plan, batch) -> (state, metrics); the old state's buffers are reused.
 
     The plan is an argument, so another plan of the same max_rank runs in the same program. An
     update whose loss or gradient is not finite leaves everything as it was and counts in
     `skipped`. The padding of the adapters (ranks off the plan) never moves, weight decay included.
-
-    Args:
-        grpo: the objective.
-        temperature: of the sampler; log-probs are taken under it.
-        max_completion_tokens: the constant in dr_grpo's normalisation.
-        remat: what the backward pass recomputes (`ModelConfig.remat`).
-        optimizer: see `make_optimizer`.
-        objective: sft takes the completions as gold: mean negative log-likelihood of their tokens.
-        weight_grad_norms: also differentiate by the frozen weights, for their norms alone.
     """
-    gradients = make_gradients(
-        model_config,
-        grpo,
-        temperature,
-        max_completion_tokens,
-        remat,
-        objective=objective,
-        by_kernels=weight_grad_norms,
-    )
+    gradients = make_gradients(model_config, settings)
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=model_config.device.options)
     def train_step(
         state: TrainState, base: Tree, plan: LoraPlan, batch: TrainBatch
     ) -> tuple[TrainState, StepMetrics]:
-        loss, grads, kernel_grads, logprobs, entropy = gradients(state.lora, base, plan, batch)
+        adapters = Adapters(state.lora, plan)
+        loss, grads, kernel_grads, logprobs, entropy = gradients(base, adapters, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
@@ -122,8 +134,8 @@ def make_train_step(
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed)
 
         scalars = {"loss": loss, "grad_norm": grad_norm}
-        if objective == "grpo":
-            scalars |= loss_metrics(grpo, logprobs, entropy, batch)
+        if settings.objective == "grpo":
+            scalars |= loss_metrics(settings.grpo, logprobs, entropy, batch)
             scalars["grpo/frac_rows_trained"] = jnp.mean(batch.trained, dtype=jnp.float32)
         scalars |= packing_metrics(batch.packing)
         scalars["grpo/skipped_updates"] = after.skipped.astype(jnp.float32)
@@ -137,29 +149,21 @@ def make_train_step(
 
 
 def make_gradients(
-    model_config: Qwen2Config,
-    grpo: GrpoConfig,
-    temperature: float,
-    max_completion_tokens: int,
-    remat: str,
-    *,
-    objective: Objective,
-    by_kernels: bool,
+    model_config: Qwen2Config, settings: StepSettings
 ) -> Callable[..., tuple[Array, Tree, Tree | None, Array, Array]]:
-    """(lora, base, plan, batch) -> loss, gradient by lora, by the kernels, log-probs, entropies.
+    """(base, adapters, batch) -> loss, gradient by lora, by the kernels, log-probs, entropies.
 
     The gradient by the kernels is float32 [L, in, out] per adapted module, or None.
     """
-    _check_temperature(temperature)
+    _check_temperature(settings.temperature)
+    grpo, supervised = settings.grpo, settings.objective == "sft"
 
     def loss_of(
-        point: tuple[Tree, Tree | None],
+        point: Point,
         base: Tree,
-        plan: LoraPlan,
+        adapters: Adapters,
         rows: TrainBatch,
         weights: Float[Array, "WR C"],
-        *,
-        joined: Tree | tuple[Tree, ...] | None,
         remat: str,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, "WR C"], Float[Array, "WR C"]]]:
         lora, kernels = point
@@ -172,37 +176,38 @@ def make_gradients(
         found = bin_logprobs(
             model_config,
             base,
-            lora,
-            plan,
+            dataclasses.replace(adapters, lora=lora),
             rows.packing,
-            temperature=temperature,
+            temperature=settings.temperature,
             chunk_tokens=grpo.logprob_chunk_tokens,
             remat=remat,
-            joined=joined,
         )
         width = weights.shape[1]
         logprobs, entropy = (completions_from_bins(x, rows.packing, width) for x in found)
         per_token = (
-            token_losses(grpo, logprobs, rows)
-            if objective == "grpo"
-            else -jnp.where(rows.loss_mask > 0, logprobs, 0.0)
+            -jnp.where(rows.loss_mask > 0, logprobs, 0.0)
+            if supervised
+            else token_losses(grpo, logprobs, rows)
         )
         return jnp.sum(weights * per_token), (logprobs, entropy)
 
     def gradients(
-        lora: Tree, base: Tree, plan: LoraPlan, batch: TrainBatch
+        base: Tree, adapters: Adapters, batch: TrainBatch
     ) -> tuple[Array, Tree, Tree | None, Array, Array]:
         check_train_batch(batch)
-        kernels = {m: base["layers"][m]["kernel"] for m in lora} if by_kernels else None
+        lora, kernels = adapters.lora, None
+        if settings.weight_grad_norms:
+            kernels = {module: base["layers"][module]["kernel"] for module in lora}
         # dapo's weights are the mean over all tokens, which is also the supervised loss.
-        kind = grpo.loss if objective == "grpo" else "dapo"
-        weights = token_weights(kind, batch.loss_mask, max_completion_tokens)
-        policy = remat_of_batch(model_config, remat, batch.packing, grpo.logprob_chunk_tokens)
-        joined = join_adapters(model_config, base, lora, plan, policy)
+        kind = "dapo" if supervised else grpo.loss
+        weights = token_weights(kind, batch.loss_mask, settings.max_completion_tokens)
+        chunk_tokens = grpo.logprob_chunk_tokens
+        remat = remat_of_batch(model_config, settings.remat, batch.packing, chunk_tokens)
+        joined = join_adapters(model_config, base, adapters, remat)
 
         def loss_of_bin(point: Point, number: Array) -> tuple[Array, tuple[Packing, Any]]:
             rows, weighted = batch_of_bin(batch, weights, number)
-            loss, scored = loss_of(point, base, plan, rows, weighted, joined=joined, remat=policy)
+            loss, scored = loss_of(point, base, joined, rows, weighted, remat)
             return loss, (rows.packing, scored)
 
         loss, (grads, kernel_grads), (logprobs, entropy) = _accumulate(
@@ -266,20 +271,17 @@ def _accumulate(
 def make_logprobs(
     model_config: Qwen2Config, temperature: float, chunk_tokens: int, remat: str
 ) -> Callable[..., Float[Array, "B C"]]:
-    """Jits (base, lora, plan, batch) -> log-probs of the rows that are computed, 0 elsewhere.
+    """Jits (base, adapters, batch) -> log-probs of the rows that are computed, 0 elsewhere.
 
-    With the policy's lora and plan it gives `old_logprobs`; with lora=None and plan=None the
-    adapters are off and the same weights give `ref_logprobs`.
+    With the policy's adapters it gives `old_logprobs`; with those of what training starts from,
+    None as a rule, the same weights give `ref_logprobs`.
     """
     _check_temperature(temperature)
 
     @functools.partial(jax.jit, compiler_options=model_config.device.options)
-    def logprobs(
-        base: Tree, lora: Tree | None, plan: LoraPlan | None, batch: TrainBatch
-    ) -> Float[Array, "B C"]:
-        joined = None
-        if lora is not None and plan is not None:
-            joined = join_adapters(model_config, base, lora, plan, remat)
+    def logprobs(base: Tree, adapters: Adapters | None, batch: TrainBatch) -> Float[Array, "B C"]:
+        if adapters is not None:
+            adapters = join_adapters(model_config, base, adapters, remat)
         width = batch.loss_mask.shape[1]
 
         def score(number: Array, into: Array) -> Array:
@@ -287,13 +289,11 @@ def make_logprobs(
             found, _ = bin_logprobs(
                 model_config,
                 base,
-                lora,
-                plan,
+                adapters,
                 packing,
                 temperature=temperature,
                 chunk_tokens=chunk_tokens,
                 remat=remat,
-                joined=joined,
             )
             return put_rows(into, completions_from_bins(found, packing, width), packing)
 

@@ -27,7 +27,7 @@ from jaxgrpo.model.qwen2 import Qwen2, join_adapters
 from jaxgrpo.model.remat import remat_of_batch
 from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.model.sampler import Linear, decode_layer, prefill_layer, sampler_layer
-from jaxgrpo.types import LoraPlan, Packing, Tree
+from jaxgrpo.types import Adapters, Packing, Tree
 
 __all__ = [
     "PRESETS",
@@ -100,8 +100,7 @@ def _module_axes() -> dict[str, tuple[str, str]]:
 def hidden_states(
     config: Qwen2Config,
     base: Tree,
-    lora: Tree | None,
-    plan: LoraPlan | None,
+    adapters: Adapters | None,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
@@ -110,13 +109,12 @@ def hidden_states(
     Args:
         mask: True on real tokens, needed for left padding only: then it hides padding keys and
             positions count real tokens. Right padding needs none, causality hides it.
-        lora, plan: None switches the adapters off: the base model.
     """
     if mask is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
     else:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    return Qwen2(config).apply(_variables(base, lora, plan), tokens, positions, mask)  # type: ignore[return-value]
+    return Qwen2(config).apply(_variables(base, adapters), tokens, positions, mask)  # type: ignore[return-value]
 
 
 def input_moments(
@@ -146,14 +144,12 @@ def logits(config: Qwen2Config, weights: Tree, hidden: Float[Array, "... D"]) ->
 def bin_logprobs(
     config: Qwen2Config,
     base: Tree,
-    lora: Tree | None,
-    plan: LoraPlan | None,
+    adapters: Adapters | None,
     packing: Packing,
     *,
     temperature: float,
     chunk_tokens: int,
     remat: str,
-    joined: Tree | tuple[Tree, ...] | None = None,
 ) -> tuple[Float[Array, "W N"], Float[Array, "W N"]]:
     """Log-prob of the token that each own place of a bin predicts, and the entropy of its
     distribution, both float32; elsewhere they mean nothing and are finite.
@@ -164,7 +160,7 @@ def bin_logprobs(
     Args:
         packing: one bin of each batch shard (`bins.take_bin`).
     """
-    variables = _variables(base, lora, plan, joined)
+    variables = _variables(base, adapters)
     hidden = Qwen2(config, remat).apply(variables, packing.tokens, packing.positions, None, packing)
     # What is split over fsdp is gathered here, once, and not in every chunk.
     table = to_rollout_layout(head_table(config, base), ("vocab", "embed"))
@@ -179,31 +175,24 @@ def bin_logprobs(
     )
 
 
-def _variables(
-    base: Tree,
-    lora: Tree | None,
-    plan: LoraPlan | None,
-    joined: Tree | tuple[Tree, ...] | None = None,
-) -> Tree:
-    """Flax's collections; without lora and plan the adapters are off: the base model."""
+def _variables(base: Tree, adapters: Adapters | None) -> Tree:
+    """Flax's collections."""
     variables: Tree = {"params": base}
-    if lora is not None and plan is not None:
-        variables |= {"lora": {"layers": lora}, "plan": {"layers": plan_collection(plan)}}
-        if joined is not None:
-            variables["joined"] = {"layers": joined}
+    if adapters is not None:
+        variables["lora"] = {"layers": adapters.lora}
+        variables["plan"] = {"layers": plan_collection(adapters.plan)}
+        if adapters.joined is not None:
+            variables["joined"] = {"layers": adapters.joined}
     return variables
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def make_decode_weights(
-    config: Qwen2Config, base: Tree, lora: Tree | None, plan: LoraPlan | None
-) -> Tree:
-    """The sampler's copy of the weights: layers unstacked, the adapters carried along; without
-    lora and plan the base model."""
+def make_decode_weights(config: Qwen2Config, base: Tree, adapters: Adapters | None) -> Tree:
+    """The sampler's copy of the weights: layers unstacked, the adapters carried along."""
     check_device(config.device)
-    adapters: Tree = {} if lora is None else lora
-    ranks: Tree = {} if plan is None else plan_collection(plan)
-    stacked = (base["layers"], adapters, ranks)
+    lora: Tree = {} if adapters is None else adapters.lora
+    plan: Tree = {} if adapters is None else plan_collection(adapters.plan)
+    stacked = (base["layers"], lora, plan)
     layers = tuple(
         sampler_layer(config, *jax.tree.map(lambda x, i=i: x[i], stacked))
         for i in range(config.num_layers)
@@ -211,7 +200,7 @@ def make_decode_weights(
     weights = {**base, "layers": layers}
     if config.device.count == 1:
         return weights
-    axes = _decode_axes(config, tuple(adapters))
+    axes = _decode_axes(config, tuple(lora))
     # The axes stand in for leaves on the left, which is why they come first.
     return jax.tree.map(lambda names, x: to_rollout_layout(x, names), axes, weights, is_leaf=_axes)
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jaxgrpo.config import MODULES
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.rank_plan import RankPlan
-from jaxgrpo.types import LoraPlan, Tree
+from jaxgrpo.types import Adapters, LoraPlan, Tree
 
 Adapter = tuple[jax.Array, jax.Array]
 """a [in, R] under its mask and b [R, out] under its scale, float32."""
@@ -161,18 +161,19 @@ def join(kernels: tuple[jax.Array, ...], adapters: tuple[Adapter | None, ...]) -
     return Joined(matrix, a, b)
 
 
-def join_layers(layers: Tree, lora: Tree, plan: LoraPlan, modules: tuple[str, ...]) -> Joined:
+def join_layers(layers: Tree, adapters: Adapters, modules: tuple[str, ...]) -> Joined:
     """`join` of every layer's `modules`, stacked."""
 
-    def one(kernels: tuple, adapters: tuple) -> Joined:
-        return join(kernels, tuple(a if a is None else scaled(*a) for a in adapters))
+    def one(kernels: tuple, stored: tuple) -> Joined:
+        return join(kernels, tuple(a if a is None else scaled(*a) for a in stored))
 
     kernels = tuple(layers[module]["kernel"] for module in modules)
-    adapters = tuple(
+    lora, plan = adapters.lora, adapters.plan
+    stored = tuple(
         (lora[m]["a"], lora[m]["b"], plan.masks[m], plan.scales[m]) if m in lora else None
         for m in modules
     )
-    return jax.vmap(one)(kernels, adapters)
+    return jax.vmap(one)(kernels, stored)
 
 
 def _fused_forward(

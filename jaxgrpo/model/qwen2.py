@@ -6,6 +6,8 @@ SwiGLU). Norms, rotary tables, softmax and logits are float32; the rest in the c
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ from jaxgrpo.model.lora import (
 from jaxgrpo.model.presets import Qwen2Config
 from jaxgrpo.model.remat import checkpoint_policy, unroll_layers
 from jaxgrpo.model.rms_norm import rms_norm
-from jaxgrpo.types import LoraPlan, Packing, Tree
+from jaxgrpo.types import Adapters, Packing, Tree
 
 
 @jax.custom_vjp
@@ -63,24 +65,23 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.epsilon)
 
 
-def join_adapters(
-    config: Qwen2Config, base: Tree, lora: Tree, plan: LoraPlan, remat: str
-) -> Tree | tuple[Tree, ...] | None:
-    """Each layer's matrices for `fused_product`: made once a step, where every micro-batch would
-    write them anew in either direction. Stacked, or a tuple of one tree per layer where `remat`
-    writes layers out; None where adapters are not fused."""
+def join_adapters(config: Qwen2Config, base: Tree, adapters: Adapters, remat: str) -> Adapters:
+    """The adapters with each layer's matrices for `fused_product`: made once a step, where every
+    micro-batch would write them anew in either direction. Stacked, or a tuple of one tree per layer
+    where `remat` writes layers out; none where adapters are not fused."""
     if not config.device.single_gpu:
-        return None
+        return adapters
     groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
     stacked = {
-        _name_of(modules): join_layers(base["layers"], lora, plan, modules)
+        _name_of(modules): join_layers(base["layers"], adapters, modules)
         for modules in groups
-        if any(module in lora for module in modules)
+        if any(module in adapters.lora for module in modules)
     }
     if not unroll_layers(config, remat):
-        return stacked
+        return dataclasses.replace(adapters, joined=stacked)
     layers = len(next(iter(stacked.values())).a)
-    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers))
+    written_out = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers))
+    return dataclasses.replace(adapters, joined=written_out)
 
 
 def _name_of(modules: tuple[str, ...]) -> str:

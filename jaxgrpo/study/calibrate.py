@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxgrpo.config import Objective
 from jaxgrpo.grpo.advantages import compared_rewards, compute_advantages
-from jaxgrpo.grpo.step import make_gradients
+from jaxgrpo.grpo.step import StepSettings, make_gradients
 from jaxgrpo.iteration import (
     Programs,
     gold_rollout,
@@ -49,21 +49,14 @@ def calibrate(
 
 def _calibrate(session: Session, lab: Lab, batches: int, components: int) -> dict:
     config, model = session.config, session.model_config
-    gradients = make_gradients(
-        model,
-        config.grpo,
-        config.rollout.temperature,
-        config.rollout.max_completion_tokens,
-        config.model.remat,
-        objective=config.objective,
-        by_kernels=True,
-    )
+    settings = dataclasses.replace(StepSettings.of(config), weight_grad_norms=True)
+    gradients = make_gradients(model, settings)
 
     @jax.jit
     def measure(
         lora: Tree, base: Tree, batch: TrainBatch, tokens: jax.Array, mask: jax.Array
     ) -> tuple[Tree, Tree, Tree]:
-        _, grads, kernel_grads, _, _ = gradients(lora, base, session.device_plan, batch)
+        _, grads, kernel_grads, _, _ = gradients(base, session.adapters(lora), batch)
         fim = {m: _used_mean(g["b"], session.device_plan.masks[m]) for m, g in grads.items()}
         moments = input_moments(model, base, tokens, mask)
         moments = {m: {**moments[m], "count": jnp.sum(mask)} for m in session.plan.modules}

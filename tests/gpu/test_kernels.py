@@ -9,7 +9,7 @@ import pytest
 
 from jaxgrpo.config import GrpoConfig, MeshConfig, RolloutConfig
 from jaxgrpo.grpo.loss import token_losses, token_weights
-from jaxgrpo.grpo.step import make_gradients
+from jaxgrpo.grpo.step import StepSettings, make_gradients
 from jaxgrpo.mesh import device_of, make_mesh
 from jaxgrpo.model import kv_cache
 from jaxgrpo.model.api import (
@@ -28,6 +28,7 @@ from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout import engine
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
+from jaxgrpo.types import Adapters
 from tests.rows import completion_logprobs, on_device, random_rows, train_batch
 
 pytestmark = pytest.mark.gpu
@@ -149,13 +150,13 @@ def test_sampled_log_probs_equal_the_trainers(monkeypatch, dtype, tolerance):
         rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=TEMPERATURE)
         generate = make_generate(config, rollout, StopRules((7, 11, 500, 900)), GROUP)
         plan = device_plan(PLAN)
-        weights = make_decode_weights(config, base, lora, plan)
+        weights = make_decode_weights(config, base, Adapters(lora, plan))
         caps = jnp.asarray(np.random.default_rng(1).integers(1, WIDTH + 1, len(tokens) * GROUP))
         out = generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(3), caps)
         assert len(engine.batch_sizes(len(out.tokens), config.device)) > 2
         rows, lengths = right_padded(tokens, mask, out)
         want, _ = completion_logprobs(
-            config, base, lora, plan, rows, lengths, out.tokens, temperature=TEMPERATURE,
+            config, base, Adapters(lora, plan), rows, lengths, out.tokens, temperature=TEMPERATURE,
             chunk_tokens=256,
         )  # fmt: skip
     drift = np.abs(np.where(out.mask, out.logprobs - want, 0))
@@ -180,7 +181,7 @@ def test_shrinking_samples_the_same_tokens(monkeypatch):
     base, lora = make_weights(config)
     tokens, mask = make_prompts()
     rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=TEMPERATURE)
-    weights = make_decode_weights(config, base, lora, device_plan(PLAN))
+    weights = make_decode_weights(config, base, Adapters(lora, device_plan(PLAN)))
     caps = jnp.asarray(np.random.default_rng(1).integers(1, WIDTH + 1, len(tokens) * GROUP))
     found = []
     for least in (16, 10**6):
@@ -213,8 +214,8 @@ def test_packed_gradients_of_bfloat16(remat):
 
     def whole_loss(lora):
         logprobs, _ = completion_logprobs(
-            make_config("float32"), base, lora, plan, *rows.whole, temperature=TEMPERATURE,
-            chunk_tokens=256,
+            make_config("float32"), base, Adapters(lora, plan), *rows.whole,
+            temperature=TEMPERATURE, chunk_tokens=256,
         )  # fmt: skip
         weights = token_weights(grpo.loss, batch.loss_mask, WIDTH)
         return jnp.sum(weights * token_losses(grpo, logprobs, batch))
@@ -222,11 +223,9 @@ def test_packed_gradients_of_bfloat16(remat):
     with jax.default_matmul_precision("highest"):
         loss, want = jax.jit(jax.value_and_grad(whole_loss))(lora)
     config = make_config("bfloat16")
-    gradients = make_gradients(
-        config, grpo, TEMPERATURE, WIDTH, remat, objective="grpo", by_kernels=False
-    )
+    gradients = make_gradients(config, StepSettings(grpo, TEMPERATURE, WIDTH, remat))
     rounded = jax.tree.map(lambda x: x.astype(config.compute_dtype), base)
-    got_loss, got = jax.jit(gradients)(lora, rounded, plan, batch)[:2]
+    got_loss, got = jax.jit(gradients)(rounded, Adapters(lora, plan), batch)[:2]
     chex.assert_trees_all_close(got_loss, loss, atol=2e-3)
     for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         error = jnp.linalg.norm(x - y) / jnp.maximum(jnp.linalg.norm(y), 1e-12)

@@ -28,6 +28,7 @@ from jaxgrpo.model.weights import hf_module, load_model
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
+from jaxgrpo.types import Adapters
 from tests.hf_models import make_hf_model
 
 LAYERS, TOLERANCE = 11, 1e-5  # more than ten layers: "layers.1" must not reach layer 10
@@ -117,7 +118,7 @@ def test_peft_and_vllm_see_our_weights(base, tmp_path, kind, rule):
         for deltas in vllm.values():
             np.testing.assert_allclose(deltas.get(name, 0 * delta), delta, rtol=0, atol=TOLERANCE)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9))
-    hidden = hidden_states(config, weights, lora, device_plan(plan), jnp.asarray(tokens))
+    hidden = hidden_states(config, weights, Adapters(lora, device_plan(plan)), jnp.asarray(tokens))
     with torch.no_grad():
         want = merged(input_ids=torch.tensor(tokens)).logits.numpy()
     # Relative to the largest logit: float32 sums in another order over eleven layers.
@@ -204,7 +205,7 @@ def test_merged_model_completes_in_transformers_as_our_sampler_does(
         config, RolloutConfig(max_completion_tokens=16, temperature=0.0), StopRules((1,)), 1
     )
     ours = generate(
-        make_decode_weights(config, weights, lora, device_plan(plan)),
+        make_decode_weights(config, weights, Adapters(lora, device_plan(plan))),
         jnp.asarray(tokens, jnp.int32),
         jnp.ones(tokens.shape, bool),
         jax.random.key(0),

@@ -36,7 +36,7 @@ def test_greedy_tokens_equal_transformers_generate(tmp_path, tie):
     config, base = load_model(tmp_path, "float32")
     rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=0.0)
     generate = make_generate(config, rollout, StopRules((EOS,)), 1)
-    weights = make_decode_weights(config, base, None, None)
+    weights = make_decode_weights(config, base, None)
     ours = generate(weights, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask), jax.random.key(0))
     np.testing.assert_array_equal(np.asarray(ours.tokens), want)
     assert len({tuple(row) for row in want.tolist()}) > 1

@@ -77,7 +77,7 @@ def test_what_is_accepted_is_computed_as_transformers_does(model_dir, name):
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
     assert config.rms_norm_eps == theirs.rms_norm_eps
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9))
-    ours = logits(config, base, hidden_states(config, base, None, None, jnp.asarray(tokens)))
+    ours = logits(config, base, hidden_states(config, base, None, jnp.asarray(tokens)))
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     with torch.no_grad():
         want = model(input_ids=torch.tensor(tokens)).logits.numpy()

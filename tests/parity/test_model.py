@@ -33,7 +33,7 @@ def test_logits_match_transformers(tmp_path, tie, heads, kv_heads):
     make_hf_model(tmp_path, tie=tie, hidden=heads * 16, heads=heads, kv_heads=kv_heads, layers=3)
     config, base = load_model(tmp_path, "float32")
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (3, 17))
-    ours = logits(config, base, hidden_states(config, base, None, None, jnp.asarray(tokens)))
+    ours = logits(config, base, hidden_states(config, base, None, jnp.asarray(tokens)))
     chex.assert_trees_all_close(
         np.asarray(ours), _hf_logits(tmp_path, tokens), atol=TOLERANCE, rtol=0
     )
@@ -45,10 +45,10 @@ def test_logits_match_transformers_with_left_padding(tmp_path):
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (4, 13))
     mask = np.arange(13)[None, :] >= np.array([0, 3, 7, 12])[:, None]
     theirs = _hf_logits(tmp_path, tokens, mask)
-    hidden = hidden_states(config, base, None, None, jnp.asarray(tokens), jnp.asarray(mask))
+    hidden = hidden_states(config, base, None, jnp.asarray(tokens), jnp.asarray(mask))
     ours = np.asarray(logits(config, base, hidden))
     chex.assert_trees_all_close(ours[mask], theirs[mask], atol=TOLERANCE, rtol=0)
-    weights = make_decode_weights(config, base, None, None)
+    weights = make_decode_weights(config, base, None)
     last, _ = prefill(config, weights, jnp.asarray(tokens), jnp.asarray(mask))
     ours = np.asarray(logits(config, weights, last))
     chex.assert_trees_all_close(ours, theirs[:, -1], atol=TOLERANCE, rtol=0)

@@ -15,6 +15,7 @@ from jaxgrpo.model.api import bin_logprobs, device_plan, init_lora
 from jaxgrpo.model.bins import completions_from_bins, put_rows, take_bin
 from jaxgrpo.model.weights import hf_module, load_model
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.types import Adapters
 from tests.hf_models import make_hf_model
 from tests.rows import make_rows, on_device, train_batch
 
@@ -62,8 +63,7 @@ def test_logprobs_and_gradients_match_peft(tmp_path, scale_rule, scaled):
         found, _ = bin_logprobs(
             config,
             base,
-            lora,
-            device_plan(plan),
+            Adapters(lora, device_plan(plan)),
             only,
             temperature=0.7,
             chunk_tokens=8,

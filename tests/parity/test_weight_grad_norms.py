@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from jaxgrpo.config import MODULES, GrpoConfig
 from jaxgrpo.grpo.layer_grad_norms import layer_grad_norms
-from jaxgrpo.grpo.step import make_gradients
+from jaxgrpo.grpo.step import StepSettings, make_gradients
 from jaxgrpo.model.adapters import save_adapter
 from jaxgrpo.model.api import device_plan, init_lora
 from jaxgrpo.model.weights import hf_module, load_model
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.types import Adapters
 from tests.hf_models import make_hf_model
 from tests.rows import make_rows, on_device, train_batch
 
@@ -79,13 +80,11 @@ def test_equals_torchs_weight_gradient(models, objective, micro_batches):
         logprob_chunk_tokens=4,
     )
     gradients = jax.jit(
-        make_gradients(
-            config, grpo, TEMPERATURE, WIDTH, "full", objective=objective, by_kernels=True
-        )
+        make_gradients(config, StepSettings(grpo, TEMPERATURE, WIDTH, "full", objective, True))
     )
     batch = make_batch(config, micro_batches)
     assert batch.packing.count == micro_batches
-    loss, grads, kernel_grads, _, _ = gradients(lora, base, device_plan(plan), batch)
+    loss, grads, kernel_grads, _, _ = gradients(base, Adapters(lora, device_plan(plan)), batch)
     theirs.zero_grad()
     their_loss = torch_loss(theirs, make_tokens(config), objective)
     their_loss.backward()
@@ -111,10 +110,10 @@ def test_adapter_gradients_follow_from_it(models):
     """dL/dB = scale * A^T dL/dW, and dL/dA = scale * dL/dW B^T: what makes the view rank-free."""
     config, base, plan, lora, _ = models
     grpo = GrpoConfig(prompts_per_step=1, group_size=ROWS)
-    gradients = make_gradients(
-        config, grpo, TEMPERATURE, WIDTH, "none", objective="sft", by_kernels=True
-    )
-    _, grads, kernel_grads, _, _ = gradients(lora, base, device_plan(plan), make_batch(config))
+    settings = StepSettings(grpo, TEMPERATURE, WIDTH, "none", "sft", True)
+    gradients = make_gradients(config, settings)
+    adapters = Adapters(lora, device_plan(plan))
+    _, grads, kernel_grads, _, _ = gradients(base, adapters, make_batch(config))
     for module in MODULES:
         masks, scales = plan.masks()[module], plan.scales()[module]
         a, b = (np.asarray(lora[module][side]) for side in ("a", "b"))
