@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrpo.model.attention import apply_rotary, rotary_tables
+from jaxgrpo.model.attention import DecodePosition, apply_rotary, rotary_tables
 from jaxgrpo.model.decode_attention import decode_attention
 from jaxgrpo.model.kv_cache import plain_attention, write_slot
 from jaxgrpo.model.presets import Qwen2Config
@@ -28,12 +28,15 @@ def _inputs(seed=0):
     return array(rows, 10, 128), prompt, completion
 
 
+def _mask():
+    return jnp.arange(SLOTS)[None, :] >= SLOTS - LENGTHS[:, None]
+
+
 def _plain(qkv, rope, prompt, completion, slot):
     q, k, v = qkv[:, :6], qkv[:, 6:8], qkv[:, 8:]
     q, k = apply_rotary(q, rope), apply_rotary(k, rope)
     completion = write_slot(completion, k, v, slot)
-    mask = jnp.arange(SLOTS)[None, :] >= SLOTS - LENGTHS[:, None]
-    return plain_attention(q, prompt, mask, completion, slot), completion
+    return plain_attention(q, prompt, _mask(), completion, slot), completion
 
 
 @pytest.mark.parametrize("slot", [0, 1, 31, 32, 63])
@@ -42,17 +45,8 @@ def test_the_kernel_computes_what_plain_xla_does(slot, block):
     qkv, prompt, completion = _inputs()
     rope = rotary_tables(CONFIG, jnp.repeat(jnp.asarray(LENGTHS), GROUP) + slot)
     want = _plain(qkv, rope, prompt, completion, jnp.int32(slot))
-    got = decode_attention(
-        qkv,
-        rope,
-        prompt,
-        jnp.asarray(SLOTS - LENGTHS, jnp.int32),
-        jnp.arange(PROMPTS * GROUP) // GROUP,
-        completion,
-        jnp.int32(slot),
-        block=block,
-        interpret=True,
-    )
+    at = DecodePosition(rope, _mask(), None, jnp.int32(slot))
+    got = decode_attention(qkv, at, prompt, completion, block=block, interpret=True)
     chex.assert_trees_all_close(got, want, atol=2e-5, rtol=1e-5)
 
 
@@ -62,15 +56,7 @@ def test_rows_may_come_in_any_order():
     rope = rotary_tables(CONFIG, jnp.repeat(jnp.asarray(LENGTHS), GROUP) + slot)
     want = _plain(qkv, rope, prompt, completion, slot)
     left = jnp.array([5, 0, 3])
-    got = decode_attention(
-        qkv[left],
-        (rope[0][left], rope[1][left]),
-        prompt,
-        jnp.asarray(SLOTS - LENGTHS, jnp.int32),
-        (jnp.arange(PROMPTS * GROUP) // GROUP)[left],
-        jax.tree.map(lambda x: x[left], completion),
-        slot,
-        interpret=True,
-    )
-    want = jax.tree.map(lambda x: x[left], want)
+    qkv, rope, completion, want = jax.tree.map(lambda x: x[left], (qkv, rope, completion, want))
+    at = DecodePosition(rope, _mask(), left // GROUP, slot)
+    got = decode_attention(qkv, at, prompt, completion, interpret=True)
     chex.assert_trees_all_close(got, want, atol=2e-5, rtol=1e-5)

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import MODULES
 from jaxgrpo.mesh import check_device, rollout_bytes, to_rollout_layout
-from jaxgrpo.model.attention import rotary_tables
+from jaxgrpo.model.attention import DecodePosition, rotary_tables
 from jaxgrpo.model.head import token_logprobs
-from jaxgrpo.model.kv_cache import LayerCache, cache_slots, init_completion_cache
+from jaxgrpo.model.kv_cache import LayerCache, PromptCache, cache_slots, init_completion_cache
 from jaxgrpo.model.lora import device_plan, init_lora, plan_collection
 from jaxgrpo.model.presets import PRESETS, Qwen2Config
 from jaxgrpo.model.qwen2 import Qwen2, join_adapters
@@ -241,7 +241,7 @@ def prefill(
     weights: Tree,
     tokens: Int[Array, "P S"],
     mask: Bool[Array, "P S"],
-) -> tuple[Float[Array, "P D"], tuple[LayerCache, ...]]:
+) -> tuple[Float[Array, "P D"], PromptCache]:
     """Runs left-padded prompts; returns the hidden state of the last token and the caches."""
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     rope = rotary_tables(config, positions)
@@ -250,14 +250,13 @@ def prefill(
     for layer in weights["layers"]:
         x, cache = _prefill_layer(config, layer, x, rope, mask)
         caches.append(cache)
-    return _final_norm(config, weights, x[:, -1]), tuple(caches)
+    return _final_norm(config, weights, x[:, -1]), PromptCache(tuple(caches), mask)
 
 
 def decode_step(
     config: Qwen2Config,
     weights: Tree,
-    prompt_cache: tuple[LayerCache, ...],
-    prompt_mask: Bool[Array, "P S"],
+    prompts: PromptCache,
     cache: tuple[LayerCache, ...],
     tokens: Int[Array, " B"],
     t: Int[Array, ""],
@@ -268,18 +267,16 @@ def decode_step(
     Args:
         prompt_of: which prompt a row continues; None: row p*G+g continues prompt p.
     """
-    lengths = jnp.sum(prompt_mask, axis=1)
+    lengths = jnp.sum(prompts.mask, axis=1)
     if prompt_of is None:
         positions = jnp.repeat(lengths, tokens.shape[0] // len(lengths)) + t
     else:
         positions = lengths[prompt_of] + t
-    rope = rotary_tables(config, positions)
+    at = DecodePosition(rotary_tables(config, positions), prompts.mask, prompt_of, t)
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     new_cache = []
-    for layer, prompt, completion in zip(weights["layers"], prompt_cache, cache, strict=True):
-        x, completion = _decode_layer(
-            config, layer, x, rope, prompt, prompt_mask, prompt_of, completion, t
-        )
+    for layer, prompt, completion in zip(weights["layers"], prompts.layers, cache, strict=True):
+        x, completion = _decode_layer(config, layer, x, at, prompt, completion)
         new_cache.append(completion)
     return _final_norm(config, weights, x), tuple(new_cache)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -11,6 +13,22 @@ from jaxgrpo.model.presets import Qwen2Config
 
 Rope = tuple[jax.Array, jax.Array]
 """cos, sin: float32 [..., H/2]."""
+
+
+class DecodePosition(NamedTuple):
+    """Where the next token of every row stands, the same in all layers.
+
+    Attributes:
+        rope: of its position in the row.
+        prompt_mask: True on prompt tokens.
+        prompt_of: which prompt a row continues; None: row p*G+g continues prompt p.
+        slot: of the completion's cache.
+    """
+
+    rope: Rope
+    prompt_mask: Bool[Array, "P S"]
+    prompt_of: Int[Array, " B"] | None
+    slot: Int[Array, ""]
 
 
 def rotary_tables(config: Qwen2Config, positions: Int[Array, "..."]) -> Rope:

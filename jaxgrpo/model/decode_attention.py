@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from jaxgrpo.model.attention import DecodePosition
 
 BLOCK = 32
 """Cache slots per pass of the loop: caches of this kernel are multiples of it."""
@@ -29,32 +31,37 @@ State = tuple[jax.Array, jax.Array, jax.Array]
 """Running output, maximum and sum of an online softmax."""
 
 
+class _Queries(NamedTuple):
+    """Rotated queries that share a key/value head, as halves [PADDED_HEADS, H/2].
+
+    Attributes:
+        factor: of their scores; it makes them powers of 2.
+    """
+
+    low: jax.Array
+    high: jax.Array
+    factor: float
+
+
 def decode_attention(
     qkv: Float[Array, "B heads H"],
-    rope: tuple[Float[Array, "B half"], Float[Array, "B half"]],
+    at: DecodePosition,
     prompt: dict[str, jax.Array],
-    prompt_start: Int[Array, " P"],
-    prompt_of: Int[Array, " B"],
     completion: dict[str, jax.Array],
-    slot: Int[Array, ""],
     *,
     block: int = BLOCK,
-    num_warps: int = 1,
-    num_stages: int = 3,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], dict[str, jax.Array]]:
-    """One query per row over its prompt's slots from `prompt_start` and its own up to `slot`.
+    """One query per row over its prompt's real slots and its own up to the position's.
 
     Args:
         qkv: queries (N heads), keys (K) and values (K) of the new tokens, not yet rotated.
-        rope: cosine and sine at each row's position (`attention.rotary_tables`), float32.
-        prompt: {"k", "v"} [P, K, S, H], S a multiple of `block`.
-        prompt_of: which prompt a row continues.
-        completion: {"k", "v"} [B, K, C, H], C a multiple of `block`; updated in place.
+        prompt: [P, K, S, H] of left-padded prompts, S a multiple of `block`.
+        completion: [B, K, C, H], C a multiple of `block`; updated in place.
         interpret: run without a GPU, for tests.
 
     Returns:
-        What was attended, and `completion` with the new keys and values in `slot`.
+        What was attended, and `completion` with the new keys and values in its slot.
     """
     rows, all_heads, head_dim = qkv.shape
     kv_heads, prompt_slots = prompt["k"].shape[1:3]
@@ -63,54 +70,42 @@ def decode_attention(
     shared = heads // kv_heads
     assert prompt_slots % block == 0 and slots % block == 0, (prompt_slots, slots, block)
     assert shared <= PADDED_HEADS, f"{shared} query heads share a key/value head"
-    kernel = functools.partial(
-        _kernel, heads=heads, shared=shared, prompt_slots=prompt_slots, block=block
-    )
+    start = prompt_slots - jnp.sum(at.prompt_mask, axis=1, dtype=jnp.int32)
+    prompt_of = jnp.arange(rows) // (rows // len(start)) if at.prompt_of is None else at.prompt_of
     whole_prompts = pl.BlockSpec(prompt["k"].shape, lambda b, k: (0, 0, 0, 0))
     own = pl.BlockSpec((None, None, slots, head_dim), lambda b, k: (b, k, 0, 0))
     of_row = pl.BlockSpec((None, head_dim // 2), lambda b, k: (b, 0))
     cache = jax.ShapeDtypeStruct(completion["k"].shape, completion["k"].dtype)
-    attended, keys, values = pl.pallas_call(
-        kernel,
+    run = pl.pallas_call(
+        functools.partial(
+            _kernel, heads=heads, shared=shared, prompt_slots=prompt_slots, block=block
+        ),
         # Rows vary fastest, so that the rows of a group run side by side.
         grid=(rows, kv_heads),
         in_specs=[
             pl.BlockSpec((None, all_heads, head_dim), lambda b, k: (b, 0, 0)),
-            of_row,
-            of_row,
-            whole_prompts,
-            whole_prompts,
-            pl.BlockSpec(prompt_start.shape, lambda b, k: (0,)),
+            *(of_row, of_row),
+            *(whole_prompts, whole_prompts),
+            pl.BlockSpec(start.shape, lambda b, k: (0,)),
             pl.BlockSpec((None,), lambda b, k: (b,)),
             pl.BlockSpec((), lambda b, k: ()),
-            own,
-            own,
+            *(own, own),
         ],
         out_specs=(
             pl.BlockSpec((None, None, shared, head_dim), lambda b, k: (b, k, 0, 0)),
-            own,
-            own,
+            *(own, own),
         ),
         out_shape=(
             jax.ShapeDtypeStruct((rows, kv_heads, shared, head_dim), qkv.dtype),
-            cache,
-            cache,
+            *(cache, cache),
         ),
         input_output_aliases={8: 1, 9: 2},
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=3),
         interpret=interpret,
         name="decode_attention",
-    )(
-        qkv,
-        *rope,
-        prompt["k"],
-        prompt["v"],
-        prompt_start,
-        prompt_of,
-        slot,
-        completion["k"],
-        completion["v"],
     )
+    prompts, own_slots = (prompt["k"], prompt["v"]), (completion["k"], completion["v"])
+    attended, keys, values = run(qkv, *at.rope, *prompts, start, prompt_of, at.slot, *own_slots)
     return attended.reshape(rows, heads, head_dim), {"k": keys, "v": values}
 
 
@@ -164,33 +159,53 @@ def _kernel(
     new_k[pl.ds(slot, 1), high] = k_high
     new_v[pl.ds(slot, 1), all_] = value
 
-    def step_over(k_ref: Any, v_ref: Any, where: tuple, first: jax.Array, end: jax.Array) -> Any:
-        def step(i: jax.Array, state: State) -> State:
-            out, top, total = state
-            places = pl.ds(i * block, block)
-            scores = plgpu.dot(q_low, k_ref[*where, places, low].T)
-            scores = (scores + plgpu.dot(q_high, k_ref[*where, places, high].T)) * factor
-            index = i * block + jnp.arange(block)
-            seen = (index >= first) & (index < end)
-            scores = jnp.where(seen[None, :], scores, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-            shrink = jnp.exp2(top - new_top)
-            weights = jnp.exp2(scores - new_top[:, None])
-            total = total * shrink + jnp.sum(weights, axis=1)
-            values = v_ref[*where, places, all_]
-            out = out * shrink[:, None] + plgpu.dot(weights.astype(dtype), values)
-            return out, new_top, total
-
-        return functools.partial(jax.lax.fori_loop, first // block, pl.cdiv(end, block), step)
-
     # The new token first: from then on the maximum is finite, whatever a block hides.
     f32 = jnp.float32
     score = jnp.sum(q_low.astype(f32) * k_low.astype(f32), axis=1)
     score += jnp.sum(q_high.astype(f32) * k_high.astype(f32), axis=1)
     out = jnp.broadcast_to(value.astype(f32), (PADDED_HEADS, head_dim))
     state = (out, score * factor, jnp.ones((PADDED_HEADS,), f32))
-    start = start_ref[prompt]
-    state = step_over(prompt_k, prompt_v, (prompt, kv), start, jnp.int32(prompt_slots))(state)
-    out, _, total = step_over(own_k, own_v, (), jnp.int32(0), slot)(state)
+    attend = functools.partial(_attend, _Queries(q_low, q_high, factor), block)
+    of_prompt = (prompt_k, prompt_v, (prompt, kv))
+    state = attend(state, of_prompt, start_ref[prompt], jnp.int32(prompt_slots))
+    out, _, total = attend(state, (own_k, own_v, ()), jnp.int32(0), slot)
     out = (out / total[:, None]).astype(out_ref.dtype)
     plgpu.store(out_ref.at[pl.ds(0, PADDED_HEADS), all_], out, mask=real)
+
+
+def _attend(
+    queries: _Queries,
+    block: int,
+    state: State,
+    cache: tuple[Any, Any, tuple],
+    first: jax.Array,
+    end: jax.Array,
+) -> State:
+    """Goes on over the slots from `first` to before `end`.
+
+    Args:
+        cache: keys, values, and where in them the slots of this program are.
+    """
+    k_ref, v_ref, where = cache
+    head_dim = k_ref.shape[-1]
+    half = head_dim // 2
+    low, high, all_ = pl.ds(0, half), pl.ds(half, half), pl.ds(0, head_dim)
+
+    def step(i: jax.Array, state: State) -> State:
+        out, top, total = state
+        places = pl.ds(i * block, block)
+        scores = plgpu.dot(queries.low, k_ref[*where, places, low].T)
+        scores = scores + plgpu.dot(queries.high, k_ref[*where, places, high].T)
+        scores = scores * queries.factor
+        index = i * block + jnp.arange(block)
+        seen = (index >= first) & (index < end)
+        scores = jnp.where(seen[None, :], scores, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        shrink = jnp.exp2(top - new_top)
+        weights = jnp.exp2(scores - new_top[:, None])
+        total = total * shrink + jnp.sum(weights, axis=1)
+        values = v_ref[*where, places, all_]
+        out = out * shrink[:, None] + plgpu.dot(weights.astype(v_ref.dtype), values)
+        return out, new_top, total
+
+    return jax.lax.fori_loop(first // block, pl.cdiv(end, block), step, state)

@@ -6,6 +6,8 @@ have slots of their own. Heads come before slots, so that the batched products n
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -15,6 +17,18 @@ from jaxgrpo.model.presets import Qwen2Config
 
 LayerCache = dict[str, jax.Array]
 """{"k": [rows, K, slots, H], "v": the same}."""
+
+
+class PromptCache(NamedTuple):
+    """What is kept of left-padded prompts while their completions are sampled.
+
+    Attributes:
+        layers: of P prompts with S slots.
+        mask: True on prompt tokens.
+    """
+
+    layers: tuple[LayerCache, ...]
+    mask: Bool[Array, "P S"]
 
 
 def init_completion_cache(config: Qwen2Config, rows: int, slots: int) -> tuple[LayerCache, ...]:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxgrpo.mesh import constrain
-from jaxgrpo.model.attention import Rope, apply_rotary, causal_attention
+from jaxgrpo.model.attention import DecodePosition, Rope, apply_rotary, causal_attention
 from jaxgrpo.model.decode_attention import decode_attention
 from jaxgrpo.model.gated_product import (
     STEP,
@@ -238,29 +238,21 @@ def decode_layer(
     config: Qwen2Config,
     layer: Tree,
     x: Float[Array, "B D"],
-    rope: Rope,
+    at: DecodePosition,
     prompt: LayerCache,
-    prompt_mask: Bool[Array, "P S"],
-    prompt_of: Int[Array, " B"] | None,
     completion: LayerCache,
-    slot: Int[Array, ""],
 ) -> tuple[Float[Array, "B D"], LayerCache]:
     """One token per row: kernels on one GPU, plain XLA everywhere else."""
     qkv = _qkv(config, layer, x)
     if use_kernel(config):
-        start = prompt_mask.shape[1] - jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
-        if prompt_of is None:
-            prompt_of = jnp.arange(len(x)) // (len(x) // len(start))
-        attended, completion = decode_attention(
-            qkv, rope, prompt, start, prompt_of, completion, slot
-        )
+        attended, completion = decode_attention(qkv, at, prompt, completion)
     else:
-        if prompt_of is not None:
-            prompt = jax.tree.map(lambda cache: cache[prompt_of], prompt)
-            prompt_mask = prompt_mask[prompt_of]
-        q, k, v = _rotated(config, qkv, rope)
-        completion = write_slot(completion, k, v, slot)
-        attended = plain_attention(q, prompt, prompt_mask, completion, slot)
+        mask = at.prompt_mask
+        if at.prompt_of is not None:
+            prompt, mask = jax.tree.map(lambda x: x[at.prompt_of], (prompt, mask))
+        q, k, v = _rotated(config, qkv, at.rope)
+        completion = write_slot(completion, k, v, at.slot)
+        attended = plain_attention(q, prompt, mask, completion, at.slot)
     x = x + linear(config, attended.reshape(len(x), -1), layer["o_proj"])
     gated = _gated(config, layer, x)
     if use_kernel(config):

@@ -175,7 +175,7 @@ def make_generate(
         unused = slots - prompt_tokens.shape[1]
         prompt_tokens = jnp.pad(prompt_tokens, ((0, 0), (unused, 0)))
         prompt_mask = jnp.pad(prompt_mask, ((0, 0), (unused, 0)))
-        hidden, prompt_cache = prefill(model_config, weights, prompt_tokens, prompt_mask)
+        hidden, prompts = prefill(model_config, weights, prompt_tokens, prompt_mask)
         hidden = constrain(jnp.repeat(hidden, group_size, axis=0), "act_batch", "act_embed")
         start = _Loop(
             t=jnp.zeros((), jnp.int32),
@@ -197,8 +197,7 @@ def make_generate(
                 hidden, cache = decode_step(
                     model_config,
                     weights,
-                    prompt_cache,
-                    prompt_mask,
+                    prompts,
                     loop.cache,
                     loop.newest,
                     loop.t - 1,

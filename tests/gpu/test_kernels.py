@@ -19,7 +19,7 @@ from jaxgrpo.model.api import (
     init_lora,
     make_decode_weights,
 )
-from jaxgrpo.model.attention import apply_rotary, rotary_tables
+from jaxgrpo.model.attention import DecodePosition, apply_rotary, rotary_tables
 from jaxgrpo.model.block_statistics import block_sums, kernel_statistics
 from jaxgrpo.model.decode_attention import decode_attention
 from jaxgrpo.model.gated_product import ROWS, gated_product, make_tiles, use_tiles
@@ -94,11 +94,9 @@ def test_decode_attention_of_bfloat16(slot):
     want = plain_attention(f32[0], f32[1], mask, f32[2], jnp.int32(slot))
     rows = jnp.arange(prompts * group)
     order = jnp.asarray(rng.permutation(prompts * group))
-    got, cache = jax.jit(decode_attention)(
-        qkv[order], (rope[0][order], rope[1][order]), prompt,
-        (slots - lengths).astype(jnp.int32), (rows // group)[order],
-        jax.tree.map(lambda x: x[order], own), jnp.int32(slot),
-    )  # fmt: skip
+    shuffled, rope, own = jax.tree.map(lambda x: x[order], (qkv, rope, own))
+    at = DecodePosition(rope, mask, (rows // group)[order], jnp.int32(slot))
+    got, cache = jax.jit(decode_attention)(shuffled, at, prompt, own)
     chex.assert_trees_all_close(got.astype(jnp.float32), want[order], atol=2e-2, rtol=2e-2)
     error = jnp.linalg.norm(got.astype(jnp.float32) - want[order]) / jnp.linalg.norm(want)
     assert error < 4e-3, error
