@@ -7,7 +7,7 @@ that of B, whose slope is LoRA's algebra. numpy only, no jax.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Literal
 
@@ -17,22 +17,22 @@ from jaxgrpo.stats import Interval
 from jaxgrpo.study.config import StudyConfig, StudyFiles, list_arms
 from jaxgrpo.study.importance import max_min_ratio, shares
 from jaxgrpo.study.norms import layer_norms, read_norms
-from jaxgrpo.study.result_types import Amplification, AmplificationPoint, SlopePart, Spread
+from jaxgrpo.study.result_types import Amplification, SlopePart, Spread
 from jaxgrpo.study.slopes import (
     MECHANICAL_SLOPES,
     SLOPE_MARGIN,
     Fit,
+    RankDesign,
     explanation,
-    fit_slope,
     signed,
 )
 
 Phase = Literal["all", "first third", "middle third", "last third"]
 PHASES: tuple[Phase, ...] = ("all", "first third", "middle third", "last third")
+Draws = Literal["all", "by layer"]
+"""by layer: those in which the modules of a layer share a rank."""
 Matrix = Literal["both", "A", "B", "W"]
 Norms = Mapping[str, np.ndarray]
-Read = Callable[..., dict[str, np.ndarray] | None]
-"""`read_norms`, or one that remembers."""
 
 
 def steps_of(phase: Phase, steps: int) -> slice:
@@ -42,98 +42,115 @@ def steps_of(phase: Phase, steps: int) -> slice:
     return slice(0, steps) if place == 0 else slice(edges[place - 1], edges[place])
 
 
-def amplification(config: StudyConfig, files: StudyFiles) -> list[Amplification]:
-    """Per scale rule and view: how an adapter's share, relative to its share at uniform rank,
-    depends on the rank it was given at random."""
-    read = cache(read_norms)  # a long run's file takes seconds to read
-    found: list[Amplification] = []
-    for view in ("l2", "rank_free", "weight"):
-        for rule in config.study.probe.scale_rules:
-            points = _points(config, files, read, view, rule, None, "all")
-            if points:
-                parts = _parts(config, files, read, view, rule)
-                found.append(_slope(rule, view, points, parts))
-    return found
+class Probes:
+    """What a study's probes measured, each beside the uniform run of its own seed."""
 
+    def __init__(self, config: StudyConfig, files: StudyFiles) -> None:
+        self._files, self._rules = files, config.study.probe.scale_rules
+        self._read = cache(read_norms)  # a long run's file takes seconds to read
+        plans = [files.plan(f"probe-{draw}") for draw in range(config.study.probe.runs)]
+        plans = plans if all(path.is_file() for path in plans) else []
+        ranks = [json.loads(path.read_text(encoding="utf-8"))["ranks"] for path in plans]
+        self._modules = list(ranks[0]) if ranks else []
+        log_rank = np.log([[one[m] for m in self._modules] for one in ranks])
+        by_layer = np.arange(len(ranks)) >= config.study.probe.draws
+        self._draws = {"all": slice(None), "by layer": by_layer}
+        self._designs = {
+            draws: RankDesign(log_rank[which], by_layer[which])
+            for draws, which in self._draws.items()
+            if ranks
+        }
 
-def _parts(
-    config: StudyConfig, files: StudyFiles, read: Read, view: str, rule: str
-) -> list[SlopePart]:
-    """Every phase of both matrices together, and of raw norms also of each by itself."""
-    parts: list[SlopePart] = []
-    matrices: list[tuple[Matrix, Literal["a", "b"] | None]] = [
-        ("W" if view == "weight" else "both", None)
-    ]
-    if view == "l2":
-        matrices.append(("A", "a"))
-        matrices.append(("B", "b"))
-    for matrix, key in matrices:
-        for phase in PHASES:
-            points = _points(config, files, read, view, rule, key, phase)
-            if len({p["layer"] for p in points}) < 2:
-                continue
-            fit = _fit(points)
-            parts.append(
-                {
-                    "phase": phase,
-                    "matrix": matrix,
-                    "slope": fit.value,
-                    "low": fit.low,
-                    "high": fit.high,
-                    "cr1_low": fit.cr1_low,
-                    "cr1_high": fit.cr1_high,
-                    "verdict": fit.verdict(),
-                }
+    def slopes(self) -> list[Amplification]:
+        """Per scale rule and view: how an adapter's share, relative to its share at uniform rank,
+        depends on the rank it was given."""
+        found: list[Amplification] = []
+        for view in ("l2", "rank_free", "weight"):
+            for rule in self._rules:
+                fit = self._fit([rule], view)
+                if fit is not None:
+                    found.append(_slope(rule, view, fit, self._parts(rule, view)))
+        return found
+
+    def of_weights(self) -> Fit | None:
+        """Of the view that no rank enters: one question whatever the rule, all probes answer it."""
+        return self._fit(self._rules, "weight")
+
+    def _parts(self, rule: str, view: str) -> list[SlopePart]:
+        """Every phase of both matrices together, and of raw norms also of each by itself."""
+        matrices: list[tuple[Matrix, Literal["a", "b"] | None]] = [("both", None)]
+        if view == "weight":
+            matrices = [("W", None)]
+        elif view == "l2":
+            matrices = [("both", None), ("A", "a"), ("B", "b")]
+        kinds: list[tuple[Phase, Draws]] = [(phase, "all") for phase in PHASES]
+        kinds.append(("all", "by layer"))
+        parts: list[SlopePart] = []
+        for matrix, key in matrices:
+            for phase, draws in kinds:
+                fit = self._fit([rule], view, key, phase, draws)
+                if fit is not None:
+                    parts.append(_part(phase, draws, matrix, fit))
+        return parts
+
+    def _fit(
+        self,
+        rules: Sequence[str],
+        view: str,
+        matrix: Literal["a", "b"] | None = None,
+        phase: Phase = "all",
+        draws: Draws = "all",
+    ) -> Fit | None:
+        """None where too little was measured."""
+        ratios = [self._ratios(rule, view, matrix, phase) for rule in rules if self._designs]
+        measured = [one for one in ratios if np.isfinite(one).any()]
+        if not measured:
+            return None
+        return self._designs[draws].fit(np.array(measured)[:, self._draws[draws]])
+
+    def _ratios(
+        self, rule: str, view: str, matrix: Literal["a", "b"] | None, phase: Phase
+    ) -> np.ndarray:
+        """[D, M, L]: ln of an adapter's share less that at uniform rank; NaN where not measured."""
+        found = []
+        for draw in range(len(self._draws["by layer"])):
+            runs = (self._files.probe(rule, draw), self._files.uniform(draw))
+            own, before = (
+                None if norms is None else _shares(norms, self._modules, phase)
+                for norms in (self._read(run, view, matrix) for run in runs)
             )
-    return parts
+            found.append(None if own is None or before is None else _log_ratio(own, before))
+        shape = next((one.shape for one in found if one is not None), (1, 1))
+        return np.array([np.full(shape, np.nan) if one is None else one for one in found])
 
 
-def _points(
-    config: StudyConfig,
-    files: StudyFiles,
-    read: Read,
-    view: str,
-    rule: str,
-    matrix: Literal["a", "b"] | None,
-    phase: Phase,
-) -> list[AmplificationPoint]:
-    reference = read(files.profile("grpo"), view, matrix)
-    points: list[AmplificationPoint] = []
-    for draw in range(config.study.probe.draws if reference else 0):
-        norms = read(files.probe(rule, draw), view, matrix)
-        path = files.plan(f"probe-{draw}")
-        if reference is None or norms is None or not path.is_file():
-            continue
-        ranks = json.loads(path.read_text(encoding="utf-8"))["ranks"]
-        own, before = (_sums(x, phase) for x in (norms, reference))
-        for module, values in own.items():
-            for layer, rank in enumerate(ranks[module]):
-                share, was = values[layer], before[module][layer]
-                if rank > 0 and share > 0 and was > 0:
-                    points.append(
-                        {
-                            "arm": f"random draw {draw}",
-                            "layer": layer,
-                            "module": module,
-                            "log_rank": float(np.log(rank)),
-                            "log_share": float(np.log(share / was)),
-                        }
-                    )
-    return points
+def _log_ratio(own: np.ndarray, before: np.ndarray) -> np.ndarray:
+    known = (own > 0) & (before > 0)
+    return np.log(np.where(known, own, np.nan) / np.where(known, before, np.nan))
 
 
-def _sums(norms: Norms, phase: Phase) -> dict[str, np.ndarray]:
-    """module -> [L], each adapter's part of all norms in a phase; 0 where there is none."""
+def _shares(norms: Norms, modules: Sequence[str], phase: Phase) -> np.ndarray:
+    """[M, L], each adapter's part of all norms in a phase; 0 where there is none."""
     steps = steps_of(phase, len(next(iter(norms.values()))))
-    sums = {module: values[steps].sum(axis=0) for module, values in norms.items()}
-    total = sum(values.sum() for values in sums.values())
-    return {module: values / (total or 1.0) for module, values in sums.items()}
+    sums = np.array([norms[module][steps].sum(axis=0) for module in modules])
+    return sums / (sums.sum() or 1.0)
 
 
-def _slope(
-    rule: str, view: str, points: list[AmplificationPoint], parts: list[SlopePart]
-) -> Amplification:
-    slope = _fit(points)
+def _part(phase: Phase, draws: Draws, matrix: Matrix, fit: Fit) -> SlopePart:
+    return {
+        "phase": phase,
+        "draws": draws,
+        "matrix": matrix,
+        "slope": fit.value,
+        "low": fit.low,
+        "high": fit.high,
+        "cr1_low": fit.cr1_low,
+        "cr1_high": fit.cr1_high,
+        "verdict": fit.verdict(),
+    }
+
+
+def _slope(rule: str, view: str, slope: Fit, parts: list[SlopePart]) -> Amplification:
     predicted = MECHANICAL_SLOPES[rule] if view == "l2" else 0.0
     inside = "inside" if slope.low <= predicted <= slope.high else "outside"
     words = (
@@ -149,16 +166,8 @@ def _slope(
         "high": slope.high,
         "margin": SLOPE_MARGIN,
         "parts": parts,
-        "points": points,
         "words": words,
     }
-
-
-def _fit(points: list[AmplificationPoint]) -> Fit:
-    """Slope of log share on log rank, with an intercept for every draw and module."""
-    x, y = (np.array([p["log_rank"] for p in points]), np.array([p["log_share"] for p in points]))
-    blocks = np.array([f"{p['arm']} {p['module']}" for p in points])
-    return fit_slope(x, y, blocks, np.array([p["layer"] for p in points]))
 
 
 def spread(config: StudyConfig, files: StudyFiles) -> list[Spread]:
@@ -188,7 +197,8 @@ def _ratio(norms: np.ndarray) -> float | None:
     return ratio if np.isfinite(ratio) else None
 
 
-def amplification_verdict(found: list[Amplification]) -> list[str]:
+def amplification_verdict(found: Sequence[Amplification], of_weights: Fit | None) -> list[str]:
+    """Which explanation survives, what lies outside its interval, and where the slopes end."""
     raw = {
         a["scale_rule"]: Interval(a["slope"], a["low"], a["high"])
         for a in found
@@ -196,14 +206,7 @@ def amplification_verdict(found: list[Amplification]) -> list[str]:
     }
     if not raw:
         return []
-    # The view that no rank enters is one question, whatever the rule: all probes answer it.
-    pooled = [
-        point | {"arm": f"{a['scale_rule']} {point['arm']}"}
-        for a in found
-        if a["view"] == "weight"
-        for point in a["points"]
-    ]
-    _, sentence = explanation(raw, _fit(pooled).interval if pooled else None)  # type: ignore[arg-type]
+    _, sentence = explanation(raw, of_weights and of_weights.interval)
     outside = [
         a["scale_rule"]
         for a in found

@@ -51,9 +51,6 @@ from jaxgrpo.study.runs import (
 )
 from jaxgrpo.study.sections import DYNAMIC, FROM_CALIBRATION
 
-PROBE_SEED = 1000
-"""Random plans of probes are drawn from here on, those of arms from 0 on."""
-
 
 def run_study(config: StudyConfig, console: Console) -> Results | None:
     """Runs what is missing, then the report; returns the results, or None of `study.only`.
@@ -175,8 +172,7 @@ class Runner:
             scales = self.planner.scales(arm, importance)
             speeds = self.planner.speeds(arm, ranks, scales)
             write_plan(self.files, plan_name(self.config, arm), ranks, speeds, scales)
-        for draw in range(self.config.study.probe.draws):
-            ranks = self.planner.probe(PROBE_SEED + draw)
+        for draw, ranks in enumerate(self.planner.probes()):
             write_plan(self.files, f"probe-{draw}", ranks, {})
 
     def calibrations(self) -> None:
@@ -196,11 +192,12 @@ class Runner:
 
     def probes(self) -> None:
         probe = self.config.study.probe
-        for rule in probe.scale_rules:
-            for draw in range(probe.draws):
+        for draw in range(probe.runs if probe.scale_rules else 0):
+            for rule in (None, *probe.scale_rules):
                 config = probe_config(self.config, rule, draw)
                 if not is_done(config):
-                    self.lab.run(f"probe: random ranks, {rule}", config)
+                    what = "uniform ranks" if rule is None else f"drawn ranks, {rule}"
+                    self.lab.run(f"probe {draw + 1} of {probe.runs}: {what}", config)
 
     def arms(self) -> None:
         arms = list_arms(self.config)

@@ -75,6 +75,11 @@ class StudyConfig(Config):
             f"lora.rank={rank} lies outside study.allocation's bounds, "
             f"min_rank={allocation.min_rank} to max_rank={high}",
         )
+        require(
+            self.width(rank) > 1 or not self.study.probe.scale_rules,
+            f"study.probe needs ranks that differ, and at lora.rank={rank} with max_rank={high} "
+            "there are none: set study.probe.scale_rules=[]",
+        )
         for plan, (low, high) in allocation.bounds.items():
             mean = rank * (allocation.reduced_fraction if plan == "reduced" else 1)
             require(
@@ -226,6 +231,10 @@ class StudyFiles:
 
     def probe(self, rule: str, draw: int) -> Path:
         return self.root / "probes" / f"{rule}-{draw}"
+
+    def uniform(self, draw: int) -> Path:
+        """The run at uniform ranks with the seed of a draw; of the first it is the profile."""
+        return self.probe("uniform", draw) if draw else self.profile("grpo")
 
     def arm(self, arm: Arm) -> Path:
         return self.root / "arms" / arm.name

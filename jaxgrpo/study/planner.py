@@ -25,6 +25,9 @@ from jaxgrpo.study.norms import first_order_speed, importance, no_gradient, read
 from jaxgrpo.study.runs import has_plan_file, read_profile_model
 from jaxgrpo.study.sections import BY_MODULE, FROM_CALIBRATION, FROM_PROFILE, SCALE_RULES, WIDE
 
+PROBE_SEED = 1000
+"""Of the order in which layers take the probes' rank levels; arms draw theirs from 0 on."""
+
 
 class Planner:
     """Makes the plans of a study's arms."""
@@ -98,11 +101,21 @@ class Planner:
             return importance(norms)
         return {m: np.ones(self.layers) for m in self.modules}
 
-    def probe(self, seed: int) -> dict[str, np.ndarray]:
-        """Random ranks of every adapter for itself, at lora.rank on average."""
-        budget = self.budget(self.config.lora.rank, "module")
-        ones = {m: np.ones(self.layers) for m in self.modules}
-        return allocate("random", ones, self.shapes, budget, seed=seed)
+    def probes(self) -> list[dict[str, np.ndarray]]:
+        """Ranks of every draw, those by layer last. Layers in an order drawn for each module (for
+        those by layer, once) have the levels in turn, and go on to another one in every draw."""
+        probe, rank = self.config.study.probe, self.config.lora.rank
+        rng, width = np.random.default_rng(PROBE_SEED), self.config.width(rank)
+        places = {module: rng.permutation(self.layers) for module in self.modules}
+        together = rng.permutation(self.layers)
+        levels = {
+            m: np.clip([rank // 4, rank // 2, rank, 2 * rank], 1, min(width, *self.shapes[m]))
+            for m in self.modules
+        }
+        apart = [{m: levels[m][(places[m] + d) % 4] for m in levels} for d in range(probe.draws)]
+        # By two levels first: each layer is once above and once below.
+        shifts = [2 * d + d // 2 for d in range(probe.layer_draws)]
+        return apart + [{m: levels[m][(together + by) % 4] for m in levels} for by in shifts]
 
     def start(self, arm: Arm) -> int:
         """The rank everywhere that a plan in WIDE starts at; adalora's as in PEFT, 12 to 8."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-RESULTS_FORMAT = 2
+RESULTS_FORMAT = 3
 
 Verdict = Literal["better", "worse", "equivalent", "open"]
 """open: neither told apart from 0 nor shown to lie within the margin."""
@@ -213,6 +213,8 @@ class SlopePart(TypedDict):
     """One slope of ln share on ln rank."""
 
     phase: Literal["all", "first third", "middle third", "last third"]
+    draws: Literal["all", "by layer"]
+    """by layer: those in which the modules of a layer share a rank."""
     matrix: Literal["both", "A", "B", "W"]
     """W: the frozen weight's own gradient, which no rank enters."""
     slope: float
@@ -226,16 +228,8 @@ class SlopePart(TypedDict):
     """follows: the slope exceeds the margin; does not: its interval lies within it."""
 
 
-class AmplificationPoint(TypedDict):
-    arm: str
-    layer: int
-    module: str
-    log_rank: float
-    log_share: float
-
-
 class Amplification(TypedDict):
-    """How an adapter's share of the gradient depends on the rank it was given at random."""
+    """How an adapter's share of the gradient depends on the rank level it was given."""
 
     scale_rule: str
     view: str
@@ -245,7 +239,6 @@ class Amplification(TypedDict):
     high: float
     margin: float
     parts: list[SlopePart]
-    points: list[AmplificationPoint]
     words: str
 
 

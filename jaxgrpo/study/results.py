@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxgrpo.stats import RunLayout
-from jaxgrpo.study.amplification import amplification, amplification_verdict, spread
+from jaxgrpo.study.amplification import Probes, amplification_verdict, spread
 from jaxgrpo.study.arm_results import accuracy_of, arm_result, cut_results, read_json
 from jaxgrpo.study.comparisons import Compared, compare, detectable, planned_contrasts
 from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, arm_label, list_arms
@@ -73,7 +73,8 @@ def collect_results(config: StudyConfig) -> Results:
         for objective in config.study.profile.objectives
         if (profile := _profile(files, objective)) is not None
     ]
-    slopes = amplification(config, files)
+    probes = Probes(config, files)
+    slopes = probes.slopes()
     smallest = None if layout is None else detectable(planned, answers, layout)
     trend = _rank_trend(config, groups, answers, layout)
     residual = None if layout is None else _residual(layout)
@@ -105,7 +106,7 @@ def collect_results(config: StudyConfig) -> Results:
             "view": config.study.allocation.view,
         },
         "amplification": slopes,
-        "amplification_verdict": amplification_verdict(slopes),
+        "amplification_verdict": amplification_verdict(slopes, probes.of_weights()),
         "spread": spread(config, files),
         "paper": paper_rows(config, files, arms, profiles),
         "allocations": _allocations(config, files),

@@ -62,10 +62,17 @@ def profile_config(config: StudyConfig, objective: Objective) -> Config:
     return _short(config, str(StudyFiles(config.run_dir).profile(objective)), None, objective)
 
 
-def probe_config(config: StudyConfig, rule: ScaleRule, draw: int) -> Config:
-    """The GRPO profile again, at random ranks."""
+def probe_config(config: StudyConfig, rule: ScaleRule | None, draw: int) -> Config:
+    """The GRPO profile again with a draw's own seed, at its ranks; without a rule at uniform ones.
+
+    The first draw has the profile's seed, so that the profile is its uniform run.
+    """
     files = StudyFiles(config.run_dir)
-    short = _short(config, str(files.probe(rule, draw)), rule, "grpo")
+    where = files.uniform(draw) if rule is None else files.probe(rule, draw)
+    short = _short(config, str(where), rule, "grpo")
+    short = dataclasses.replace(short, seed=config.seed + draw)
+    if rule is None:
+        return short
     plan = str(files.plan(f"probe-{draw}"))
     return dataclasses.replace(short, lora=dataclasses.replace(short.lora, plan=plan))
 

@@ -113,14 +113,30 @@ class AllocationConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Short runs at randomised ranks: how a share of the gradient depends on rank."""
+    """Short runs at drawn ranks: how a share of the gradient depends on rank.
+
+    A draw is a run per scale rule and one at uniform ranks, all of one seed. Over draws an adapter
+    goes through the levels r/4, r/2, r and 2r of r = lora.rank, a Latin square of adapters and
+    draws, so that it is its own control.
+    """
 
     scale_rules: tuple[ScaleRule, ...] = SCALE_RULES
-    draws: int = 1
-    """Random plans per scale rule; a rank is drawn for every adapter."""
+    draws: int = 4
+    """Those in which every adapter has a level of its own."""
+    layer_draws: int = 2
+    """Further ones, in which the adapters of a layer share theirs."""
+
+    @property
+    def runs(self) -> int:
+        """Per scale rule."""
+        return self.draws + self.layer_draws
 
     def __post_init__(self) -> None:
-        require(self.draws >= 1, "study.probe.draws must be at least 1")
+        require(
+            self.draws >= 2,
+            "study.probe.draws must be at least 2, so that an adapter has two ranks to compare",
+        )
+        require(self.layer_draws >= 0, "study.probe.layer_draws must be >= 0")
         for rule in self.scale_rules:
             check_choice(rule, SCALE_RULES, "study.probe.scale_rules")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -48,61 +49,121 @@ class Fit:
         return "does not" if within else "open"
 
 
-def fit_slope(
-    log_rank: np.ndarray,
-    log_ratio: np.ndarray,
-    blocks: np.ndarray,
-    clusters: np.ndarray,
-    *,
-    seed: int = 0,
-    draws: int = 1999,
-) -> Fit:
-    """Least-squares slope of log_ratio [n] on log_rank [n], with an intercept for every block.
+class RankDesign:
+    """Ranks as they were drawn, and as they might have been, to fit slopes over."""
 
-    log_ratio is ln(a layer's gradient / that under the reference plan): gradient ~ rank^slope.
+    def __init__(
+        self, log_rank: np.ndarray, by_layer: np.ndarray, seed: int = 0, orders: int = 1999
+    ) -> None:
+        """Args:
+        log_rank: [D, M, L], the draws' ranks of every module and layer.
+        by_layer: bool [D]: the modules of a layer had one rank, so that they are moved together.
+        orders: how many other orders of the layers are drawn.
+        """
+        self._log_rank = np.asarray(log_rank, np.float64)
+        self._by_layer = np.asarray(by_layer, bool)
+        if self._log_rank.ndim != 3 or self._by_layer.shape != self._log_rank.shape[:1]:
+            raise ValueError(f"[D, M, L] and [D], not {np.shape(log_rank)}, {np.shape(by_layer)}")
+        self._seed, self._orders = seed, orders
 
-    The ranks were drawn by us, every arrangement over a block's layers as likely as any other
-    (a block is one draw and one module). So under slope b the ranks might as well have stood in
-    another order, and |sum of rank x (log_ratio - b log_rank)| is compared with that of `draws`
-    such orders; the b that are not rejected at 5 % are the interval (Rosenbaum 2002, Observational
-    Studies, section 2.6). It needs no model of how adapters of a run depend on each other.
+    def fit(self, log_ratio: np.ndarray) -> Fit | None:
+        """Least-squares slope of log_ratio on log_rank, every adapter being its own control.
 
-    The reference must come from another run than the one the ranks were made from. Else a layer
-    that looked hot by noise has both more rank and a smaller ratio, which lowers the slope.
+        log_ratio is ln(a layer's gradient / that of the uniform run of the same seed): gradient ~
+        rank^slope. An intercept for every adapter, and one for every draw and module, are taken
+        out.
 
-    Args:
-        clusters: [n], layers, for the second interval (Cameron and Miller 2015, J. Hum. Resour.).
+        The ranks were given to layers in an order drawn by us, every other as likely. So under
+        slope b the layers might as well have stood in another order, and |sum of rank x (log_ratio
+        - b log_rank)| over the root of the ranks' own sum of squares is compared with that of such
+        orders; the b that are not rejected at 5 % are the interval (Rosenbaum 2002, Observational
+        Studies, section 2.6). It needs no model of how adapters of a run depend on each other. It
+        is exact where all layers have one slope; where they differ it is about the mean of these
+        layers, and wider than it need be, since every adapter goes through the same ranks.
 
-    Raises:
-        ValueError: fewer than two clusters, ranks that are all equal, or a value not finite.
+        Args:
+            log_ratio: [S, D, M, L], measured under S scale rules; not finite where it was not.
+                A draw in which nothing was measured is left out, and then an adapter that was not
+                measured in every draw; None, if fewer than two draws or two layers are left.
+
+        Raises:
+            ValueError: another shape, or ranks that are all equal.
+        """
+        x, y = self._log_rank, np.asarray(log_ratio, np.float64)
+        if y.shape[1:] != x.shape:
+            raise ValueError(f"needs [S, {', '.join(map(str, x.shape))}], not {y.shape}")
+        there = np.isfinite(y).any(axis=(2, 3)).all(axis=0)
+        if not there.all():
+            part = RankDesign(x[there], self._by_layer[there], self._seed, self._orders)
+            return part.fit(y[:, there])
+        keep = np.asarray(np.isfinite(y).all(axis=1))  # [S, M, L]
+        layers = int(keep.any(axis=(0, 1)).sum())
+        if len(x) < 2 or layers < 2:
+            return None
+        own, rest = _within(x[None], keep), _within(np.where(keep[:, None], y, 0.0), keep)
+        square = float((own * own).sum())
+        if square <= 1e-12:
+            raise ValueError("every rank is the same, so a slope over rank is not defined")
+        value = float((own * rest).sum()) / square
+        half = _cr1_error(own, rest - value * own, keep) * float(stdtrit(layers - 1, 0.975))
+        if keep.all():  # then the ranks are the same under every rule
+            moved, length = self._moved
+            own, rest = (one.sum(axis=0, keepdims=True) for one in (own, rest))
+            length = length * math.sqrt(len(y))
+        else:
+            moved, length = self._others(keep)
+        with_y, with_x = (
+            math.sqrt(square) / length * np.tensordot(moved, one, 4) for one in (rest, own)
+        )
+        low, high = _not_rejected(value, square, with_y, with_x)
+        return Fit(value, low, high, value - half, value + half)
+
+    @cached_property
+    def _moved(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._others(np.ones((1, *self._log_rank.shape[1:]), bool))
+
+    def _others(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ranks [K, S, D, M, L], had the layers stood in other orders, without intercepts; and
+        the root of their sum of squares, [K].
+
+        A module has one order for the draws that give adapters ranks of their own; all modules
+        have one for those that give them to layers.
+        """
+        rng = np.random.default_rng(self._seed)
+        _, modules, layers = self._log_rank.shape
+        apart = rng.random((self._orders, 1, modules, layers)).argsort(axis=-1)
+        one = rng.random((self._orders, 1, 1, layers)).argsort(axis=-1)
+        orders = np.where(self._by_layer[:, None, None], one, apart)
+        moved = np.take_along_axis(self._log_rank[None], orders, axis=-1)
+        moved = _within(moved[:, None], keep)
+        return moved, np.sqrt(np.einsum("ksdml,ksdml->k", moved, moved))
+
+
+def _within(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """[..., S, D, M, L] less the means of its adapters and of its draws' modules; 0 off `keep`."""
+    mask = keep[:, None]
+    count = np.maximum(mask.sum(axis=-1, keepdims=True), 1)
+    values = (values - values.mean(axis=-3, keepdims=True)) * mask
+    return (values - values.sum(axis=-1, keepdims=True) / count) * mask
+
+
+def _cr1_error(own: np.ndarray, rest: np.ndarray, keep: np.ndarray) -> float:
+    """The slope's standard error by CR1 over layers (Cameron and Miller 2015, J. Hum. Resour.).
+
+    Intercepts of adapters lie within layers and cost no degrees of freedom.
     """
-    x, y = np.asarray(log_rank, np.float64), np.asarray(log_ratio, np.float64)
-    if not (x.ndim == 1 and x.shape == y.shape == np.shape(blocks) == np.shape(clusters)):
-        raise ValueError(f"one shape [n] each, not {x.shape}, {y.shape}, {np.shape(clusters)}")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("a logarithm is not finite: leave out layers of rank 0 or share 0")
-    names, cluster = np.unique(clusters, return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(f"a slope with an interval needs two clusters or more, not {len(names)}")
-    rows = [np.flatnonzero(np.asarray(blocks) == block) for block in np.unique(blocks)]
-    for row in rows:
-        x[row], y[row] = x[row] - x[row].mean(), y[row] - y[row].mean()
-    square = float(x @ x)
-    if square <= 1e-12:
-        raise ValueError("every rank is the same, so a slope over rank is not defined")
-    value = float(x @ y) / square
-    scores = np.bincount(cluster, weights=x * (y - value * x))
-    count, parameters = len(names), len(rows) + 1
-    correction = count / (count - 1) * (len(x) - 1) / max(len(x) - parameters, 1)
-    error = math.sqrt(correction * float(scores @ scores)) / square
-    half = float(stdtrit(count - 1, 0.975)) * error
-    rng = np.random.default_rng(seed)
-    with_y, with_x = np.zeros(draws), np.zeros(draws)
-    for row in rows:
-        orders = np.argsort(rng.random((draws, len(row))), axis=1)
-        moved = x[row][orders]
-        with_y += moved @ y[row]
-        with_x += moved @ x[row]
+    scores = (own * rest).sum(axis=(0, 1, 2))
+    draws = own.shape[1]
+    layers, values = int(keep.any(axis=(0, 1)).sum()), draws * int(keep.sum())
+    parameters = draws * int(keep.any(axis=2).sum()) + 1
+    correction = layers / (layers - 1) * (values - 1) / max(values - parameters, 1)
+    return math.sqrt(correction * float(scores @ scores)) / float((own * own).sum())
+
+
+def _not_rejected(
+    value: float, square: float, with_y: np.ndarray, with_x: np.ndarray
+) -> tuple[float, float]:
+    """The slopes that at least 5 % of the orders, ours among them, are as extreme under."""
     # An order is at least as extreme as ours for the b between two roots, one on each side.
     gap_less, gap_more = square - with_x, square + with_x
     unit = 1e-9 * square
@@ -112,9 +173,8 @@ def fit_slope(
     # Our own order, and those equal to it up to a sign, are as extreme whatever b is.
     always = np.isnan(one) | np.isnan(two)
     lows, highs = np.where(always, -np.inf, lows), np.where(always, np.inf, highs)
-    rank = math.floor(0.05 * (draws + 1))
-    low, high = float(np.sort(lows)[rank - 1]), float(np.sort(highs)[::-1][rank - 1])
-    return Fit(value, low, high, value - half, value + half)
+    rank = math.floor(0.05 * (len(with_y) + 1))
+    return float(np.sort(lows)[rank - 1]), float(np.sort(highs)[::-1][rank - 1])
 
 
 def explanation(

@@ -37,7 +37,7 @@ SMALL = {
     "study": {
         "profile": {"objectives": ["grpo", "sft"], "steps": 4, "calibration_batches": 1},
         "allocation": {"min_rank": 1, "max_rank": 8, "top_layers": 4, "adaptive_every_steps": 2},
-        "probe": {"scale_rules": ["constant", "alpha_over_r"]},
+        "probe": {"scale_rules": ["constant", "alpha_over_r"], "draws": 2, "layer_draws": 0},
         "arms": {"plans": PLANS, "scale_rules": ["constant"], "seeds": [0]},
         "cuts": {"energy": [0.9], "parameters": [0.25]},
     },
@@ -155,7 +155,6 @@ def test_profiles_hold_all_views_and_the_probe_gives_slopes(study):
     assert len(slopes) == 6
     for found in slopes.values():
         assert found["low"] <= found["slope"] <= found["high"]
-        assert len(found["points"]) == 56
     # Hardly trained, ||dL/dB|| ~ s sqrt(r) holds nearly exactly.
     assert abs(slopes["constant", "l2"]["slope"] - 0.5) < 0.15
     assert abs(slopes["alpha_over_r", "l2"]["slope"] + 0.5) < 0.15
@@ -247,7 +246,7 @@ def test_a_killed_study_reaches_the_same_numbers(tmp_path):
     """
     arms = {"plans": ["uniform", "adaptive", "para"], "scale_rules": ["constant"], "seeds": [0]}
     few = {"profile": {"objectives": ["grpo"], "steps": 4}, "arms": arms}
-    few |= {"probe": {"scale_rules": ["constant"]}}
+    few |= {"probe": {"scale_rules": ["constant"], "draws": 2, "layer_draws": 0}}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for root in (straight, killed):
         write_config(root, **few)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from jaxgrpo.config import ConfigError
@@ -34,10 +35,12 @@ def study(tmp_path):
     files = StudyFiles(config.run_dir)
     for run in (files.profile("grpo"), *(files.arm(arm) for arm in list_arms(config))):
         write_zeros(run, 0.0)
-    for rule in config.study.probe.scale_rules:
-        write_zeros(files.probe(rule, 0), 0.0)
     files.plans.mkdir()
-    files.plan("probe-0").write_text(json.dumps({"ranks": {"q_proj": [8] * LAYERS}}))
+    for draw in range(config.study.probe.runs):
+        for rule in ("uniform", *config.study.probe.scale_rules):
+            write_zeros(files.probe(rule, draw), 0.0)
+        ranks = {"q_proj": np.roll([2, 4, 8, 16] * (LAYERS // 4), draw).tolist()}
+        files.plan(f"probe-{draw}").write_text(json.dumps({"ranks": ranks}))
     return config, files
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from jaxgrpo.config import MODULES, ConfigError
 from jaxgrpo.config_files import decode_config, dump_config, encode_config, load_config
+from jaxgrpo.identity import identity
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.run import main
 from jaxgrpo.study.allocate import allocate, spent
@@ -22,7 +23,13 @@ from jaxgrpo.study.config import (
 )
 from jaxgrpo.study.norms import first_order_speed
 from jaxgrpo.study.planner import Planner
-from jaxgrpo.study.runs import arm_config, has_plan_file, plan_name
+from jaxgrpo.study.runs import (
+    arm_config,
+    has_plan_file,
+    plan_name,
+    probe_config,
+    profile_config,
+)
 from jaxgrpo.study.sections import PLANS, WIDE
 from tests.study.test_allocate import PAPER_SHARES, QWEN_1_5B
 
@@ -190,6 +197,35 @@ def test_proportional_by_module_differs_from_fim_in_its_criterion_alone(tmp_path
     expected = allocate("proportional", importance, QWEN_1_5B, by_module)
     for module in MODULES:
         np.testing.assert_array_equal(ranks[module], expected[module])
+
+
+def test_probes_give_every_adapter_each_rank_level_in_turn(tmp_path):
+    """A Latin square of adapters and draws, and two draws with one rank per layer, once above and
+    once below: levels as far apart as the width allows, whatever the arms' bounds."""
+    planner = Planner(make_config(tmp_path, {"min_rank": 20, "max_rank": 40}))
+    draws = planner.probes()
+    levels = [8, 16, 32, 40]
+    for module in MODULES:
+        apart = np.array([draw[module] for draw in draws[:4]])
+        assert (np.sort(apart, axis=0) == np.array(levels)[:, None]).all()
+        for row in apart:
+            assert np.unique(row, return_counts=True)[1].tolist() == [7] * 4
+        first, second = (draw[module] for draw in draws[4:])
+        assert ((first < 32) != (second < 32)).all()
+        np.testing.assert_array_equal(first, draws[4]["q_proj"])
+    assert not np.array_equal(draws[0]["q_proj"], draws[0]["k_proj"])
+    # Draws have seeds and uniform runs of their own; that of the first is the profile.
+    config, files = planner.config, planner.files
+    assert [probe_config(config, "constant", d).seed for d in range(6)] == [0, 1, 2, 3, 4, 5]
+    beside = probe_config(config, None, 5)
+    assert (beside.seed, beside.lora.plan) == (5, None)
+    assert beside.run_dir == str(files.uniform(5)) != str(files.uniform(4))
+    assert identity(probe_config(config, None, 0)) == identity(profile_config(config, "grpo"))
+
+
+def test_probes_without_ranks_that_differ_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"set study\.probe\.scale_rules=\[\]"):
+        make_config(tmp_path, {"max_rank": 1}, rank=1)
 
 
 def test_first_order_speed_is_the_reviewed_figure():

@@ -103,10 +103,12 @@ def make_probe(rng, rule, view):
     cr1 = {"cr1_low": slope - 0.05, "cr1_high": slope + 0.05, "verdict": "does not"}
     matrices = {"l2": ("both", "A", "B"), "weight": ("W",)}.get(view, ())
     phases = ("all", "first third", "middle third", "last third")
-    parts = [{"phase": p, "matrix": m} | ends | cr1 for p in phases for m in matrices]
+    kinds = [(p, "all", m) for p in phases for m in matrices]
+    kinds += [("all", "by layer", m) for m in matrices]
+    parts = [{"phase": p, "draws": d, "matrix": m} | ends | cr1 for p, d, m in kinds]
     found = {"scale_rule": rule, "view": view, "predicted": predicted, "margin": 0.1}
     words = f"{slope:+.2f}; {predicted:+.1f} is predicted"
-    return found | ends | {"parts": parts, "points": [], "words": words}
+    return found | ends | {"parts": parts, "words": words}
 
 
 def make_results(plans=PLANS[:4], rules=("constant",), layers=28, steps=60, profile_steps=30):
@@ -292,7 +294,14 @@ def test_both_files_say_what_a_reader_needs_to_judge_a_difference(report):
 def test_both_files_hold_profiles_slopes_paper_settings_and_versions(report):
     found = report("plans")
     wanted = [entry["words"] for entry in found.results["amplification"]]
-    wanted += ["first third", "the frozen weight", "does not", "3.10 (2.70)", "– (4.30)"]
+    wanted += [
+        "first third",
+        "all, one rank per layer",
+        "the frozen weight",
+        "does not",
+        "3.10 (2.70)",
+        "– (4.30)",
+    ]
     for profile in found.results["profiles"]:
         for view in profile["views"].values():
             wanted += [f"{view['max_min']['value']:.2f}", f"{view['early_late_correlation']:.3f}"]

@@ -12,6 +12,7 @@ from jaxgrpo.config import ConfigError, EvalConfig
 from jaxgrpo.config_files import decode_config
 from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, list_arms, scaled_lora
 from jaxgrpo.study.results import collect_results
+from jaxgrpo.study.slopes import MECHANICAL_SLOPES
 
 ITEMS = 200
 LAYERS = 8
@@ -23,7 +24,7 @@ def make_config(root, **arms):
         "margin": 0.05,
         "profile": {"objectives": ["grpo"], "steps": 6},
         "allocation": {"min_rank": 2, "max_rank": 16},
-        "probe": {"scale_rules": ["constant", "rslora", "alpha_over_r"], "draws": 1},
+        "probe": {"scale_rules": list(MECHANICAL_SLOPES), "draws": 2, "layer_draws": 0},
         "arms": {"plans": ["uniform", "proportional", "random"], "seeds": [0, 1]} | arms,
     }
     return decode_config(raw, StudyConfig)
@@ -70,9 +71,9 @@ def make_study(root, accuracy, seed=0):
     return config
 
 
-def write_norms(path, ranks, exponent, steps=6, noise=0.02):
+def write_norms(path, ranks, exponent, steps=6, noise=0.02, seed=1):
     """Raw norms share ~ g * rank^exponent, the weight's ~ g, with a little noise per step."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     g = rng.uniform(1, 2, LAYERS)
     path.mkdir(parents=True)
     lines = []
@@ -232,16 +233,23 @@ def test_costs_and_curves_add_up(tmp_path):
     np.testing.assert_allclose(arm["reward"]["mean"], [0.1, 0.2, 0.3, 0.4, 0.5])
 
 
-def test_amplification_recovers_the_exponents(tmp_path):
-    config = make_config(tmp_path)
-    files = StudyFiles(tmp_path)
-    uniform = [8] * LAYERS
-    ranks = [2, 16, 4, 12, 8, 3, 6, 14]
-    write_norms(files.profile("grpo"), uniform, 0.0)
-    for rule, exponent in (("constant", 0.5), ("rslora", 0.0), ("alpha_over_r", -0.5)):
-        write_norms(files.probe(rule, 0), ranks, exponent)
+def write_probes(config):
+    """Two draws, under whose seeds layers differ otherwise, each beside its own uniform run."""
+    files = StudyFiles(config.run_dir)
+    ranks = [2, 16, 4, 8, 8, 4, 2, 16]
     files.plans.mkdir()
-    files.plan("probe-0").write_text(json.dumps({"ranks": {"q_proj": ranks}}))
+    for draw, levels in enumerate((ranks, ranks[::-1])):
+        write_norms(files.uniform(draw), [8] * LAYERS, 0.0, noise=0.002, seed=draw + 1)
+        for rule, exponent in MECHANICAL_SLOPES.items():
+            where = files.probe(rule, draw)
+            write_norms(where, levels, exponent, noise=0.002, seed=draw + 1)
+        files.plan(f"probe-{draw}").write_text(json.dumps({"ranks": {"q_proj": levels}}))
+
+
+def test_amplification_recovers_the_exponents(tmp_path):
+    """Against the profile alone the second draw's layers would be off by up to a factor of 2."""
+    config = make_config(tmp_path)
+    write_probes(config)
     results = collect_results(config)
     slopes = {(a["scale_rule"], a["view"]): a for a in results["amplification"]}
     for rule, exponent in (("constant", 0.5), ("rslora", 0.0), ("alpha_over_r", -0.5)):
@@ -293,7 +301,8 @@ def test_scale_rules_agree_at_the_anchor(tmp_path):
         ({"allocation": {"min_rank": 4, "max_rank": 2}}, "at least min_rank=4"),
         ({"allocation": {"reduced_fraction": 1.0}}, "must lie in (0, 1)"),
         ({"allocation": {"view": "l1"}}, "study.allocation.view"),
-        ({"probe": {"draws": 0}}, "at least 1"),
+        ({"probe": {"draws": 1}}, "two ranks to compare"),
+        ({"probe": {"layer_draws": -1}}, "must be >= 0"),
         ({"margin": 0.0}, "must lie in (0, 1)"),
         ({"outcome": {"decoding": "sampled"}}, "gives greedy completions"),
     ],

@@ -121,7 +121,8 @@ def part_table(results: Results) -> Table:
                 span(part["cr1_low"], part["cr1_high"], signed),
             )
             names = (entry["scale_rule"], *map(facts.named, (entry["view"], part["matrix"])))
-            rows.append((*names, part["phase"], signed(part["slope"]), *intervals, part["verdict"]))
+            when = part["phase"] if part["draws"] == "all" else "all, one rank per layer"
+            rows.append((*names, when, signed(part["slope"]), *intervals, part["verdict"]))
     headings = (*headings, "95 %, CR1 over layers", "follows rank")
     return Table("Slopes by phase and matrix", headings, rows, texts=4)
 
