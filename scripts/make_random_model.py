@@ -1,4 +1,4 @@
-"""Writes a Hugging Face directory of Qwen2 shapes with random weights and a real tokenizer.
+"""Writes a Hugging Face directory of a preset's shapes with random weights and a real tokenizer.
 
 For speed and memory measurements at full size where the trained weights are not at hand:
 
@@ -12,7 +12,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from jaxgrpo.model.presets import PRESETS
 
@@ -31,14 +36,18 @@ def main() -> None:
     preset = PRESETS[args.preset]
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     hidden = args.hidden or preset.hidden_size
-    heads = preset.num_heads if hidden == preset.hidden_size else max(2, hidden // 64)
-    config = Qwen2Config(
+    heads, head_dim = preset.num_heads, preset.head_dim
+    if hidden != preset.hidden_size and not preset.qk_norm:  # Qwen2's heads make up the hidden size
+        heads = max(2, hidden // 64)
+        head_dim = hidden // heads
+    config = (Qwen3Config if preset.qk_norm else Qwen2Config)(
         vocab_size=preset.vocab_size,
         hidden_size=hidden,
         intermediate_size=args.mlp or preset.intermediate_size,
         num_hidden_layers=args.layers or preset.num_layers,
         num_attention_heads=heads,
         num_key_value_heads=preset.num_kv_heads,
+        head_dim=head_dim,
         max_position_embeddings=32768,
         rope_theta=preset.rope_theta,
         rms_norm_eps=preset.rms_norm_eps,
@@ -49,7 +58,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.cpu().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters")

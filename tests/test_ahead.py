@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import Qwen3Config
 
 from jaxgrpo.ahead.chips import CHIPS, Topology, parse_topology, slice_shapes
 from jaxgrpo.ahead.devices import shapes_of
@@ -24,6 +25,7 @@ from jaxgrpo.iteration import shard_batch
 from jaxgrpo.mesh import Device, device_of, make_mesh, sharding
 from jaxgrpo.model.api import Qwen2Config, base_logical_axes, bin_logprobs, init_base
 from jaxgrpo.model.bins import take_bin
+from jaxgrpo.model.presets import PRESETS
 from jaxgrpo.rollout import engine
 from jaxgrpo.run import EMBEDDED_CONFIG, main
 from tests.rows import random_rows, train_batch
@@ -239,7 +241,7 @@ def test_of_a_stack_that_a_fusion_inside_a_fusion_slices_the_slice_is_read():
 
 def test_more_devices_take_more_places_in_chunks_as_long_as_before():
     """The head's table is read once a chunk: shorter ones would read it more often."""
-    model = Qwen2Config(64, 48, 80, 2, 4, 2, tie_word_embeddings=False)
+    model = Qwen2Config(64, 48, 80, 2, 4, 2, 12, tie_word_embeddings=False)
     whole = init_base(model, jax.random.key(0))
     chunk = 8
     for sizes in ((1, 1, 1), (2, 4, 1)):
@@ -379,11 +381,42 @@ def test_every_slice_configuration_fits_its_slice(path, quick, capsys):
     pytest.importorskip("libtpu")
     words = ["--quick"] if quick else []
     assert main(["check", str(path), "--topology", topology_of(path), *words]) == 0
-    text = capsys.readouterr().out
+    check_operations(capsys.readouterr().out)
+
+
+def check_operations(text):
+    """A slice's time is told, and its operations agree with the formulas."""
     assert "completion tokens/s" in " ".join(text.split())
     for name in ("rollout", "train"):
         counted, formula = map(float, re.search(rf"{name} +([0-9.]+) +([0-9.]+)", text).groups())  # type: ignore[union-attr]
         assert counted == pytest.approx(formula, rel=0.05), name
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base"])
+def test_a_published_size_is_known_by_its_name(name):
+    config = load_config([EMBEDDED_CONFIG], [f"model.path={name}"])
+    model, plan = shapes_of(config, parse_topology("v5e:2x4"))
+    assert model == dataclasses.replace(PRESETS["qwen3-0.6b"], dtype="bfloat16")
+    assert plan.layers == 28
+
+
+def test_a_slice_of_qwen3_compiles(tmp_path, capsys):
+    """Two of the 28 layers, on the mesh that the 0.5B trains on."""
+    pytest.importorskip("libtpu")
+    Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+        architectures=["Qwen3ForCausalLM"],
+    ).save_pretrained(tmp_path)
+    path = ROOT / "tpu" / "v5e-8_0.5b.yaml"
+    words = [f"model.path={tmp_path}", "--topology", topology_of(path), "--quick"]
+    assert main(["check", str(path), *words]) == 0
+    check_operations(capsys.readouterr().out)
 
 
 @pytest.mark.slow

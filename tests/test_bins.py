@@ -28,7 +28,7 @@ from jaxgrpo.types import Adapters
 from tests.gradients import assert_gradients_close
 from tests.rows import completion_logprobs, on_device, random_rows, train_batch
 
-CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2)
+CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8)
 PROMPTS, GROUP, SLOTS, WIDTH = 8, 3, 7, 5
 PLAN = RankPlan(
     {

@@ -29,7 +29,13 @@ from jaxgrpo.records.run_directory import hash_inputs
 from jaxgrpo.types import TrainState
 
 MODEL = Qwen2Config(
-    vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
 )
 OPTIMIZER = make_optimizer(OptimConfig(), total_updates=10)
 CONFIG = Config()

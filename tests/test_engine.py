@@ -31,7 +31,7 @@ from jaxgrpo.types import (
 )
 from tests.rows import completion_logprobs
 
-CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2)
+CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8)
 GROUP, WIDTH = 3, 12
 PLAN = RankPlan(
     {"q_proj": np.array([1, 2, 0]), "up_proj": np.array([4, 0, 2])}, 4, 8.0, "rslora", 4

@@ -45,7 +45,7 @@ from jaxgrpo.types import Adapters, PromptBatch
 from tests.rows import on_device, random_rows, train_batch
 
 CONFIG = Qwen2Config(
-    64, 48, 80, num_layers=3, num_heads=4, num_kv_heads=2, tie_word_embeddings=False
+    64, 48, 80, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=12, tie_word_embeddings=False
 )
 
 

@@ -40,7 +40,13 @@ from tests.compiled import compilations
 from tests.rows import Rows, completion_logprobs, make_rows, on_device, random_rows, train_batch
 
 MODEL = Qwen2Config(
-    vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
 )
 PROMPTS, GROUP, SLOTS, WIDTH = 8, 2, 4, 6
 TEMPERATURE = 0.7

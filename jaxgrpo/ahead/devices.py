@@ -48,7 +48,7 @@ def shapes_of(config: Config, topology: Topology | None) -> tuple[Qwen2Config, R
     if dtype == "auto":
         dtype = "bfloat16" if topology is not None else resolve_dtype(dtype)
     owner, _, name = config.model.path.lower().rpartition("/")
-    name = name.removesuffix("-instruct")
+    name = name.removesuffix("-instruct").removesuffix("-base")
     if owner == "qwen" and name in PRESETS:
         model = dataclasses.replace(PRESETS[name], dtype=dtype)
     else:

@@ -1,8 +1,9 @@
 """The model as pure functions over pytrees: what every other folder imports.
 
 base: {"embed_tokens": [V, D], "layers": {module: {"kernel": [L, in, out], "bias": [L, out]},
-"input_layernorm": {"scale": [L, D]}, "post_attention_layernorm": ...}, "norm": {"scale": [D]},
-"lm_head": [V, D] if untied}. lora: {module: {"a": [L, in, R], "b": [L, R, out]}}, float32.
+"input_layernorm": {"scale": [L, D]}, "post_attention_layernorm": ..., "q_norm": {"scale": [L, H]},
+"k_norm": ...}, "norm": {"scale": [D]}, "lm_head": [V, D]}, of bias, q_norm, k_norm and lm_head what
+the config has. lora: {module: {"a": [L, in, R], "b": [L, R, out]}}, float32.
 The decode form has the same leaves with `layers` a tuple of one tree per layer, because slicing
 stacked weights inside the decode loop would copy every one of them at every token.
 """
@@ -64,10 +65,12 @@ def base_logical_axes(config: Qwen2Config) -> Tree:
     layers: Tree = {}
     for module, (in_axis, out_axis) in ins_outs.items():
         layers[module] = {"kernel": ("layers", in_axis, out_axis)}
-        if module in ("q_proj", "k_proj", "v_proj"):
+        if config.qkv_bias and module in ("q_proj", "k_proj", "v_proj"):
             layers[module]["bias"] = ("layers", out_axis)
     for norm in ("input_layernorm", "post_attention_layernorm"):
         layers[norm] = {"scale": ("layers", "norm")}
+    for norm in ("q_norm", "k_norm") if config.qk_norm else ():
+        layers[norm] = {"scale": ("layers", "head_dim")}
     axes: Tree = {
         "embed_tokens": ("vocab", "embed"),
         "layers": layers,

@@ -1,14 +1,14 @@
 """config.json and generation_config.json of a Hugging Face directory.
 
-Every field that changes what a Qwen2 model computes is honoured as transformers does or refused by
-name; where two fields say the same thing differently, neither is chosen. Fields that transformers'
-Qwen2 does not read either have no say here.
+Every field that changes what a model of a known family computes is honoured as transformers does or
+refused by name; where two fields say the same thing differently, neither is chosen. Fields that
+transformers' classes of that family do not read either have no say here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxgrpo.config import ConfigError
 from jaxgrpo.model.presets import Qwen2Config
@@ -19,6 +19,29 @@ DEFAULT_ROPE_THETA = 10_000.0
 ABSENT = object()
 
 
+class Family(NamedTuple):
+    """What a model_type stands for.
+
+    Attributes:
+        published: the models that say it.
+        architecture: transformers' class.
+        head_dim: of a config.json that names none; None: hidden_size over the query heads.
+    """
+
+    published: str
+    architecture: str
+    qkv_bias: bool
+    qk_norm: bool
+    head_dim: int | None
+
+
+FAMILIES = {
+    "qwen2": Family("Qwen2 and Qwen2.5", "Qwen2ForCausalLM", True, False, None),
+    "qwen3": Family("dense Qwen3", "Qwen3ForCausalLM", False, True, 128),
+}
+"""model_type -> the family."""
+
+
 def qwen2_config(raw: Mapping[str, Any], dtype: str, where: str) -> Qwen2Config:
     """Reads a Hugging Face config.json.
 
@@ -26,11 +49,11 @@ def qwen2_config(raw: Mapping[str, Any], dtype: str, where: str) -> Qwen2Config:
         ConfigError: another architecture, a missing key, a feature this model does not have, or two
             keys that contradict each other.
     """
-    if raw.get("model_type") != "qwen2":
-        raise ConfigError(
-            f"{where}: model_type is {raw.get('model_type')!r:.40}; only 'qwen2' (Qwen2 and "
-            "Qwen2.5) is supported"
-        )
+    kind = raw.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        known = " or ".join(f"{name!r} ({one.published})" for name, one in FAMILIES.items())
+        raise ConfigError(f"{where}: model_type is {kind!r:.40}; it may be {known}")
 
     def whole(key: str, most: int, value: Any = ABSENT) -> int:
         value = raw.get(key, None) if value is ABSENT else value
@@ -42,43 +65,62 @@ def qwen2_config(raw: Mapping[str, Any], dtype: str, where: str) -> Qwen2Config:
     heads = whole("num_attention_heads", 1024)
     # An absent key is transformers' default, an empty one means as many as there are queries.
     kv_heads = raw.get("num_key_value_heads", 32)
+    hidden = whole("hidden_size", 2**20)
     config = Qwen2Config(
         vocab_size=whole("vocab_size", 2**24),
-        hidden_size=whole("hidden_size", 2**20),
+        hidden_size=hidden,
         intermediate_size=whole("intermediate_size", 2**22),
         num_layers=whole("num_hidden_layers", 1024),
         num_heads=heads,
         num_kv_heads=whole("num_key_value_heads", 1024, heads if kv_heads is None else kv_heads),
+        head_dim=whole("head_dim", 2**16, _head_dim(raw, family, hidden, heads, where)),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         rope_theta=_rope_theta(raw, where),
         rms_norm_eps=_positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), where),
         tie_word_embeddings=_truth("tie_word_embeddings", raw, where),
         dtype=dtype,
     )
-    if config.hidden_size % config.num_heads or config.num_heads % config.num_kv_heads:
+    if config.num_heads % config.num_kv_heads:
         raise ConfigError(
-            f"{where}: {config.num_heads} query heads must divide hidden_size "
-            f"{config.hidden_size} and be a multiple of {config.num_kv_heads} kv heads"
+            f"{where}: {config.num_heads} query heads must be a multiple of {config.num_kv_heads} "
+            "kv heads"
         )
     if config.head_dim % 2:
         raise ConfigError(f"{where}: heads of {config.head_dim} dimensions cannot be rotated")
-    _check_features(raw, config, where)
+    _check_features(raw, config, family, where)
     return config
 
 
-def _check_features(raw: Mapping[str, Any], config: Qwen2Config, where: str) -> None:
+def _head_dim(
+    raw: Mapping[str, Any], family: Family, hidden_size: int, heads: int, where: str
+) -> Any:
+    """What `head_dim` says or, where it says nothing, what the family's heads have."""
+    found = raw.get("head_dim", family.head_dim)
+    if found is not None or family.head_dim is not None:
+        return found
+    if hidden_size % heads:
+        raise ConfigError(f"{where}: {heads} query heads must divide hidden_size {hidden_size}")
+    return hidden_size // heads
+
+
+def _check_features(
+    raw: Mapping[str, Any], config: Qwen2Config, family: Family, where: str
+) -> None:
     """Raises ConfigError on the first field that asks for what this model does not compute."""
     plain: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
         "attention_dropout": (0,),
         "use_sliding_window": (False,),
-        "head_dim": (None, config.head_dim),
         "partial_rotary_factor": (None, 1),
         "is_causal": (True,),
         "per_layer_config": (None, {}),
         "quantization_config": (None,),
         "compression_config": (None,),
-        "architectures": (None, ["Qwen2ForCausalLM"]),
+        "architectures": (None, [family.architecture]),
     }
+    if not family.qkv_bias:  # transformers' Qwen2 does not read it
+        plain["attention_bias"] = (False,)
     for key, taken in plain.items():
         value = raw.get(key, taken[0])
         # In Python True == 1, in a config.json it is not.

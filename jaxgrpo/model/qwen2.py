@@ -1,7 +1,8 @@
-"""Qwen2 in Flax Linen, its layers scanned: what training runs.
+"""Qwen2 and Qwen3 in Flax Linen, their layers scanned: what training runs.
 
-Follows transformers' Qwen2 (RMSNorm, rotary embedding, grouped-query attention with QKV bias,
-SwiGLU). Norms, rotary tables, softmax and logits are float32; the rest in the config's dtype.
+Follows transformers' (RMSNorm, rotary embedding, grouped-query attention with QKV bias or with
+normalised queries and keys, SwiGLU). Norms, rotary tables, softmax and logits are float32; the rest
+in the config's dtype.
 """
 
 from __future__ import annotations
@@ -98,8 +99,11 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(config.rms_norm_eps, dtype)
         for module, (in_features, features) in config.module_shapes.items():
-            use_bias = module in ("q_proj", "k_proj", "v_proj")
+            use_bias = config.qkv_bias and module in ("q_proj", "k_proj", "v_proj")
             setattr(self, module, LoRADense(in_features, features, use_bias, dtype))
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.rms_norm_eps, dtype)
+            self.k_norm = RMSNorm(config.rms_norm_eps, dtype)
 
     def _project(self, x: jax.Array, *modules: str) -> list[jax.Array]:
         """Outputs of projections that share the input."""
@@ -118,8 +122,13 @@ class Block(nn.Module):
         h = checkpoint_name(self.input_layernorm(x), "normed")
         heads = (*x.shape[:-1], -1, self.config.head_dim)
         q, k, v = (y.reshape(heads) for y in self._project(h, "q_proj", "k_proj", "v_proj"))
+        v = checkpoint_name(v, "v")
+        if self.config.qk_norm:
+            # A norm's gradient wants what went in: kept after it, the product would run again.
+            q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
+            return apply_rotary(self.q_norm(q), rope), apply_rotary(self.k_norm(k), rope), v
         q, k = apply_rotary(q, rope), apply_rotary(k, rope)
-        return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+        return checkpoint_name(q, "q"), checkpoint_name(k, "k"), v
 
     def _finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         (update,) = self._project(attended.reshape(*x.shape[:-1], -1), "o_proj")

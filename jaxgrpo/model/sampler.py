@@ -65,7 +65,7 @@ def sampler_layer(config: Qwen2Config, layer: Tree, lora: Tree, plan: Tree) -> T
         module: scaled(ab["a"], ab["b"], plan[module]["mask"], plan[module]["scale"])
         for module, ab in lora.items()
     }
-    norms = {name: layer[name]["scale"] for name in ("input_layernorm", "post_attention_layernorm")}
+    norms = {name: leaves["scale"] for name, leaves in layer.items() if "scale" in leaves}
     if config.device.count > 1:
         # Kernels are split along what would join them.
         return norms | {m: _apart(layer[m], adapters.get(m)) for m in config.module_shapes}
@@ -192,18 +192,32 @@ def _norm(config: Qwen2Config, x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _qkv(config: Qwen2Config, layer: Tree, x: jax.Array) -> Float[Array, "... heads H"]:
-    """Queries, keys and values of all heads, not yet rotated."""
+    """Queries, keys and values of all heads, not yet rotated.
+
+    Queries and keys are normalised here for `decode_attention` too: by training's own `rms_norm`,
+    and in the place of the pass over the same array that adds a bias where there is one.
+    """
     h = _norm(config, x, layer["input_layernorm"])
     parts = ["qkv"] if "qkv" in layer else TOGETHER["qkv"]
     found = [linear(config, h, layer[part]) for part in parts]
     heads = [y.reshape(*x.shape[:-1], -1, config.head_dim) for y in found]
-    return heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=-2)
+    qkv = heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=-2)
+    if not config.qk_norm:
+        return qkv
+    q, k, v = _heads(config, qkv)
+    q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
+    k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
+    return jnp.concatenate([q, k, v], axis=-2)
+
+
+def _heads(config: Qwen2Config, qkv: jax.Array) -> list[jax.Array]:
+    return jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=-2)
 
 
 def _rotated(
     config: Qwen2Config, qkv: jax.Array, rope: Rope
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v = jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=-2)
+    q, k, v = _heads(config, qkv)
     return apply_rotary(q, rope), apply_rotary(k, rope), v
 
 

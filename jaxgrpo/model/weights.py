@@ -32,7 +32,7 @@ from jaxgrpo.records.progress import Stage
 from jaxgrpo.types import Tree
 
 EMBEDDED_DIR = Path(__file__).resolve().parent.parent / "assets" / "embedded"
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt")
 
 
@@ -76,7 +76,7 @@ def read_qwen2_config(directory: Path, dtype: str) -> Qwen2Config:
     """Shapes and constants, from config.json.
 
     Raises:
-        ConfigError: no Qwen2 of the kind that is computed here; the field is named.
+        ConfigError: no model of a kind that is computed here; the field is named.
     """
     path = contained(directory, "config.json")
     return qwen2_config(read_json_object(path), dtype, f"{directory}/config.json")
@@ -216,7 +216,7 @@ def _build(config: Qwen2Config, read: Callable[[str], np.ndarray], mesh: Mesh | 
     for module, leaves in axes["layers"].items():
         hf = hf_module(module)
         if "scale" in leaves:
-            layers[module] = {"scale": stack(f"{module}.weight", leaves["scale"], False)}
+            layers[module] = {"scale": stack(f"{hf}.weight", leaves["scale"], False)}
             continue
         layers[module] = {"kernel": stack(f"{hf}.weight", leaves["kernel"], True)}
         if "bias" in leaves:
@@ -232,10 +232,10 @@ def _build(config: Qwen2Config, read: Callable[[str], np.ndarray], mesh: Mesh | 
 
 
 def hf_module(module: str) -> str:
-    """`q_proj` -> `self_attn.q_proj`, `up_proj` -> `mlp.up_proj`."""
-    if module not in MODULES:
-        return module
-    return f"self_attn.{module}" if module in _ATTENTION else f"mlp.{module}"
+    """`q_proj` -> `self_attn.q_proj`, `up_proj` -> `mlp.up_proj`; a layer's own norms stay."""
+    if module in _ATTENTION:
+        return f"self_attn.{module}"
+    return f"mlp.{module}" if module in MODULES else module
 
 
 def hf_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
@@ -251,10 +251,12 @@ def hf_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         for module, (in_features, out_features) in config.module_shapes.items():
             shapes[f"{prefix}{hf_module(module)}.weight"] = (out_features, in_features)
-            if module in ("q_proj", "k_proj", "v_proj"):
+            if config.qkv_bias and module in ("q_proj", "k_proj", "v_proj"):
                 shapes[f"{prefix}{hf_module(module)}.bias"] = (out_features,)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{prefix}{norm}.weight"] = (embed,)
+        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
+            shapes[f"{prefix}{hf_module(norm)}.weight"] = (config.head_dim,)
     return shapes
 
 
@@ -279,7 +281,7 @@ def _check_names(
     )
     if extra:
         raise ConfigError(
-            f"{directory}: tensor {extra[0]} is not one a {config.num_layers}-layer Qwen2 has"
+            f"{directory}: tensor {extra[0]} is not one of this {config.num_layers}-layer model's"
             + (f" (and {len(extra) - 1} more)" if len(extra) > 1 else "")
         )
 

@@ -1,6 +1,7 @@
 """Adapters out to PEFT, vLLM and transformers, and back in from PEFT; float32."""
 
 import copy
+import itertools
 import json
 import re
 
@@ -29,17 +30,20 @@ from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.types import Adapters
-from tests.hf_models import make_hf_model
+from tests.hf_models import FAMILIES, make_hf_model
 
 LAYERS, TOLERANCE = 11, 1e-5  # more than ten layers: "layers.1" must not reach layer 10
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """Directory, transformers' model, our config and weights."""
+def base(request, tmp_path_factory):
+    """Directory, transformers' model of a family, our config and weights."""
     path = tmp_path_factory.mktemp("base")
-    theirs = make_hf_model(path, tie=True, layers=LAYERS, std=0.1)
+    theirs = make_hf_model(path, request.param, tie=True, layers=LAYERS, std=0.1)
     return path, theirs, *load_model(path, "float32")
+
+
+KINDS = ("uniform", "per-layer", "per-module", "rank-0")
 
 
 def _ranks(kind):
@@ -98,8 +102,23 @@ def _merged_state(theirs, directory):
     return model.merge_and_unload().eval()
 
 
-@pytest.mark.parametrize("rule", ["constant", "rslora", "alpha_over_r"])
-@pytest.mark.parametrize("kind", ["uniform", "per-layer", "per-module", "rank-0"])
+def of(family, *columns):
+    """Every combination of the columns, on a model of the family."""
+    return itertools.product([family], *columns)
+
+
+on_qwen2 = pytest.mark.parametrize("base", ["qwen2"], indirect=True)
+on_both = pytest.mark.parametrize("base", FAMILIES, indirect=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "rule"),
+    [
+        *of("qwen2", KINDS, ["constant", "rslora", "alpha_over_r"]),
+        *of("qwen3", KINDS, ["rslora"]),
+    ],
+    indirect=["base"],
+)
 def test_peft_and_vllm_see_our_weights(base, tmp_path, kind, rule):
     path, theirs, config, weights = base
     plan = _plan(kind, rule)
@@ -126,6 +145,7 @@ def test_peft_and_vllm_see_our_weights(base, tmp_path, kind, rule):
     np.testing.assert_allclose(found, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
 
 
+@on_qwen2
 def test_uniform_rank_loads_in_peft(base, tmp_path):
     path, theirs, config, _ = base
     plan = _plan("rank-0", "rslora")
@@ -159,7 +179,9 @@ def _peft_adapter(theirs, directory, seed):
     model.save_pretrained(directory)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("base", "seed"), [*of("qwen2", range(4)), ("qwen3", 4), ("qwen3", 5)], indirect=["base"]
+)
 def test_pefts_adapters_come_in_and_go_out_as_themselves(base, tmp_path, seed):
     path, theirs, config, _ = base
     _peft_adapter(theirs, tmp_path / "theirs", seed)
@@ -179,8 +201,11 @@ def test_pefts_adapters_come_in_and_go_out_as_themselves(base, tmp_path, seed):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
 
 
-@pytest.mark.parametrize("shard_bytes", [2**30, 60_000], ids=["one file", "shards"])
-@pytest.mark.parametrize("rule", ["constant", "rslora"])
+@pytest.mark.parametrize(
+    ("base", "rule", "shard_bytes"),
+    [*of("qwen2", ["constant", "rslora"], [2**30, 60_000]), ("qwen3", "rslora", 60_000)],
+    indirect=["base"],
+)
 def test_merged_model_completes_in_transformers_as_our_sampler_does(
     base, tmp_path, shard_bytes, rule
 ):
@@ -218,6 +243,7 @@ def test_merged_model_completes_in_transformers_as_our_sampler_does(
     assert (kernel != np.asarray(weights["layers"]["q_proj"]["kernel"])).any()
 
 
+@on_both
 def test_merged_bfloat16_is_the_float32_sum_rounded_once(base, tmp_path):
     path, _, _, _ = base
     config, weights = load_model(path, "bfloat16")
@@ -238,6 +264,7 @@ def test_merged_bfloat16_is_the_float32_sum_rounded_once(base, tmp_path):
         assert (kernels[layer] == want).mean() > 0.999
 
 
+@on_qwen2
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -11,14 +11,17 @@ from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.model.weights import load_model
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
-from tests.hf_models import make_hf_model
+from tests.hf_models import FAMILIES, make_hf_model
 
 PROMPTS, SLOTS, WIDTH, EOS = 64, 15, 24, 1
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
-def test_greedy_tokens_equal_transformers_generate(tmp_path, tie):
-    theirs = make_hf_model(tmp_path, tie=tie, layers=3, hidden=96, heads=6, kv_heads=2, vocab=40)
+def test_greedy_tokens_equal_transformers_generate(tmp_path, tie, family):
+    theirs = make_hf_model(
+        tmp_path, family, tie=tie, layers=3, hidden=96, heads=6, kv_heads=2, vocab=40
+    )
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, 40, (PROMPTS, SLOTS))
     mask = np.arange(SLOTS)[None, :] >= SLOTS - rng.integers(1, SLOTS + 1, PROMPTS)[:, None]

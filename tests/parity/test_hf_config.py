@@ -72,6 +72,10 @@ HONOURED = {
 @pytest.mark.parametrize("name", HONOURED)
 def test_what_is_accepted_is_computed_as_transformers_does(model_dir, name):
     edit(model_dir / "config.json", HONOURED[name])
+    compare_with_transformers(model_dir)
+
+
+def compare_with_transformers(model_dir):
     config, base = load_model(model_dir, "float32")
     theirs = AutoConfig.from_pretrained(model_dir)
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
@@ -118,7 +122,9 @@ REFUSED = [
     ({"attention_dropout": False}, "attention_dropout False"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"hidden_act": None}, "hidden_act None"),
-    ({"head_dim": 32}, "head_dim 32"),
+    ({"head_dim": 32}, "config.json says (128, 64)"),
+    ({"head_dim": 15}, "heads of 15 dimensions"),
+    ({"head_dim": "16"}, "'head_dim' is '16'"),
     ({"tie_word_embeddings": "true"}, "tie_word_embeddings"),
     ({"tie_word_embeddings": None}, "tie_word_embeddings"),
     ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
@@ -133,6 +139,9 @@ REFUSED = [
     ({"per_layer_config": {"0": {"sliding_window": 4}}}, "per_layer_config"),
     ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures"),
     ({"model_type": ["qwen2"]}, "model_type"),
+    ({"model_type": "llama"}, "'llama'; it may be 'qwen2' (Qwen2 and Qwen2.5) or 'qwen3' (dense"),
+    ({"model_type": "qwen3"}, "architectures ['Qwen2ForCausalLM'] is not supported, only ['Qwen3"),
+    ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "'qwen3_moe'; it"),
 ]
 
 
@@ -142,6 +151,62 @@ def test_what_is_not_computed_is_refused_by_name(model_dir, changes, message):
     with pytest.raises(ConfigError) as caught:
         load_model(model_dir, "float32")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def made_qwen3(tmp_path_factory):
+    path = tmp_path_factory.mktemp("qwen3")
+    make_hf_model(path, "qwen3", tie=True)
+    return path
+
+
+@pytest.fixture
+def qwen3_dir(made_qwen3, tmp_path):
+    shutil.copytree(made_qwen3, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": DROP, "rope_theta": 5e5, "rope_scaling": None},
+        {"attention_bias": False, "rms_norm_eps": 1e-2, "sliding_window": 4},
+        {"attention_bias": DROP, "architectures": DROP, "head_dim": 32},
+    ],
+    ids=["base on top", "no bias, said", "as little as may be"],
+)
+def test_what_is_accepted_of_qwen3_is_computed_as_transformers_does(qwen3_dir, changes):
+    edit(qwen3_dir / "config.json", changes)
+    compare_with_transformers(qwen3_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias True is not supported, only False"),
+        ({"attention_bias": None}, "attention_bias None"),
+        ({"head_dim": None}, "'head_dim' is missing"),
+        # transformers' own size where none is named.
+        ({"head_dim": DROP}, "config.json says (512, 64)"),
+        ({"use_sliding_window": True, "sliding_window": 4}, "use_sliding_window True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"rope_scaling": {"rope_type": "yarn", **YARN}}, "rope scaling 'yarn'"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "only ['Qwen3ForCausalLM']"),
+        ({"model_type": "qwen2", "architectures": DROP}, "k_proj.bias is missing"),
+    ],
+)
+def test_what_is_not_computed_of_qwen3_is_refused_by_name(qwen3_dir, changes, message):
+    edit(qwen3_dir / "config.json", changes)
+    with pytest.raises(ConfigError) as caught:
+        load_model(qwen3_dir, "float32")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_size_of_a_head_is_transformers_own_where_none_is_named(qwen3_dir):
+    edit(qwen3_dir / "config.json", {"head_dim": DROP})
+    theirs = AutoConfig.from_pretrained(qwen3_dir).head_dim
+    assert read_qwen2_config(qwen3_dir, "float32").head_dim == theirs == 128
 
 
 def test_as_many_kv_heads_as_queries_where_the_key_is_empty(model_dir):

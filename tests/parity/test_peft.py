@@ -23,9 +23,9 @@ RTOL = 1e-4  # relative to the largest entry of each array
 LAYERS, PROMPT, WIDTH = 12, 5, 7  # more than ten layers: "layers.1" must not reach layer 11
 
 
-def _plan(scale_rule, layers=LAYERS, scaled=False):
+def _plan(scale_rule, modules, layers=LAYERS, scaled=False):
     rng = np.random.default_rng(3)
-    ranks = {module: rng.integers(0, 6, layers) for module in MODULES if module != "k_proj"}
+    ranks = {module: rng.integers(0, 6, layers) for module in modules}
     ranks["q_proj"][1], ranks["q_proj"][11] = 5, 2
     factors = {module: rng.uniform(0.3, 3, layers) for module in ranks} if scaled else None
     return RankPlan(ranks, 7, 12.0, scale_rule, reference_rank=4, scale_factors=factors)
@@ -37,14 +37,24 @@ def _torch_logprobs(model, tokens, temperature):
     return torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0]
 
 
+SIX = tuple(module for module in MODULES if module != "k_proj")
+
+
 @pytest.mark.parametrize(
-    ("scale_rule", "scaled"),
-    [("constant", False), ("rslora", False), ("alpha_over_r", False), ("constant", True)],
+    ("family", "scale_rule", "scaled", "modules"),
+    [
+        ("qwen2", "constant", False, SIX),
+        ("qwen2", "rslora", False, SIX),
+        ("qwen2", "alpha_over_r", False, SIX),
+        ("qwen2", "constant", True, MODULES),
+        ("qwen3", "rslora", False, SIX),
+        ("qwen3", "constant", True, MODULES),
+    ],
 )
-def test_logprobs_and_gradients_match_peft(tmp_path, scale_rule, scaled):
-    make_hf_model(tmp_path / "base", tie=True, layers=LAYERS)
+def test_logprobs_and_gradients_match_peft(tmp_path, family, scale_rule, scaled, modules):
+    make_hf_model(tmp_path / "base", family, tie=True, layers=LAYERS)
     config, base = load_model(tmp_path / "base", "float32")
-    plan = _plan(scale_rule, scaled=scaled)
+    plan = _plan(scale_rule, modules, scaled=scaled)
     lora = init_lora(config, plan, jax.random.key(0))
     lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), lora)
     save_adapter(tmp_path / "adapter", lora, plan, str(tmp_path / "base"))
