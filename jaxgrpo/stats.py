@@ -136,6 +136,8 @@ class RunContrast:
         run_variance: from the residual of the two-way layout, with `run_df` degrees of freedom.
         item_variance: what the arms' own easy and hard items add, which no seed shows; with
             `item_df`.
+        answer_variance: the part of run_variance that single answers' noise must give, known from
+            the items.
         per_seed: the same sum within each seed, [S].
         fixed: the difference over other items, were these trained models all there are.
     """
@@ -145,6 +147,7 @@ class RunContrast:
     run_df: int
     item_variance: float
     item_df: int
+    answer_variance: float
     per_seed: np.ndarray
     fixed: Interval
 
@@ -154,8 +157,12 @@ class RunContrast:
 
     @property
     def df(self) -> float:
-        """Of the two variances together (Satterthwaite 1946, Biometrics Bulletin 2)."""
-        run, item = self.run_variance, self.item_variance
+        """Of the two variances together (Satterthwaite 1946, Biometrics Bulletin 2).
+
+        A residual of few df that is smaller by chance than its answers' noise would leave the
+        items' share, and with it the df, too large: that noise is the least that is counted.
+        """
+        run, item = max(self.run_variance, self.answer_variance), self.item_variance
         parts = run**2 / self.run_df + item**2 / self.item_df
         return (run + item) ** 2 / parts if parts else float(self.run_df)
 
@@ -239,8 +246,9 @@ class RunLayout:
         fixed = Interval(value, max(-1.0, value - half), min(1.0, value + half))
         df = self.residual.df if self.residual else 0
         run = float((w**2).sum()) * self.residual.sd**2 / seeds if self.residual else math.nan
-        own = max(0.0, over_items - float(w**2 @ self._answer_noise())) if df else math.nan
-        return RunContrast(value, run, df, own, max(items - 1, 1), per_seed, fixed)
+        noise = float(w**2 @ self._answer_noise())
+        own = max(0.0, over_items - noise) if df else math.nan
+        return RunContrast(value, run, df, own, max(items - 1, 1), noise, per_seed, fixed)
 
     def _answer_noise(self) -> np.ndarray:
         """[A]: variance of an arm's mean that comes from single answers, given item and run."""

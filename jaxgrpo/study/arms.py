@@ -32,6 +32,7 @@ from jaxgrpo.study.config import (
     list_arms,
 )
 from jaxgrpo.study.factorial import DIVERGED, analyse, write_design
+from jaxgrpo.study.history import note_report
 from jaxgrpo.study.norms import no_gradient
 from jaxgrpo.study.planner import Planner
 from jaxgrpo.study.printing import print_verdict
@@ -71,6 +72,7 @@ def run_study(config: StudyConfig, console: Console) -> Results | None:
         runner.prepare()
         runner.arms()
         runner.cuts()
+        note_report(config)
         results = collect_results(config)
         files = StudyFiles(config.run_dir)
         atomic_write_json(files.results, results)

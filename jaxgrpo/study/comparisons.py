@@ -197,8 +197,9 @@ def detectable(
     if primary is None or residual is None or not set(primary.weights) <= set(answers):
         return None
     contrast = layout.contrast([primary.weights.get(group, 0.0) for group in answers])
+    # Runs that are all alike say nothing of how far their sd may be off.
     low, high = (
-        contrast.detectable(ALPHA, factor=end / residual.sd) if residual.sd else 0.0
+        contrast.detectable(ALPHA, factor=end / residual.sd if residual.sd else 1.0)
         for end in (residual.low, residual.high)
     )
     return {"value": contrast.detectable(ALPHA), "low": low, "high": high}

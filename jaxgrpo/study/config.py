@@ -222,6 +222,7 @@ class StudyFiles:
         self.plans = self.root / "plans"
         self.html = self.root / "report.html"
         self.design = self.root / "design.json"
+        self.reports = self.root / "reports.json"
 
     def calibration(self, objective: str) -> Path:
         return self.root / f"calibration{'' if objective == 'grpo' else f'-{objective}'}.json"
@@ -230,7 +231,7 @@ class StudyFiles:
         return self.root / "profiles" / objective
 
     def probe(self, rule: str, draw: int) -> Path:
-        return self.root / "probes" / f"{rule}-{draw}"
+        return self.root / "probes" / f"{draw}-{rule}"
 
     def uniform(self, draw: int) -> Path:
         """The run at uniform ranks with the seed of a draw; of the first it is the profile."""

@@ -162,6 +162,19 @@ class Detectable(TypedDict):
     high: float
 
 
+class Later(TypedDict):
+    """What an ordinary study compares that its first report did not, or no longer compares."""
+
+    seeds: list[int]
+    """Added to arms that the first report had."""
+    arms: list[str]
+    """Added with all their seeds, as in ArmResult.name."""
+    left_out: list[str]
+    """Runs that an earlier report compared."""
+    reports: int
+    """How many reports of different runs there are, this one included."""
+
+
 class Trend(TypedDict):
     """Slope of the uniform arms' accuracy on log2 of their rank."""
 
@@ -326,6 +339,7 @@ class Results(TypedDict):
     detectable: Detectable | None
     detectable_note: str
     rank_trend: Trend | None
+    later: Later | None
     design: DesignResult | None
     profiles: list[Profile]
     importance: Importance

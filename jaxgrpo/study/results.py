@@ -15,6 +15,7 @@ from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, arm_label, list_a
 from jaxgrpo.study.design import CELLS
 from jaxgrpo.study.evals import Answers, Questions, read_answers
 from jaxgrpo.study.factorial import analyse
+from jaxgrpo.study.history import later_arms
 from jaxgrpo.study.importance import importance
 from jaxgrpo.study.norms import layer_norms, read_norms
 from jaxgrpo.study.paper import paper_rows
@@ -22,6 +23,7 @@ from jaxgrpo.study.result_types import (
     RESULTS_FORMAT,
     Allocation,
     Base,
+    DesignResult,
     Profile,
     Residual,
     Results,
@@ -30,7 +32,7 @@ from jaxgrpo.study.result_types import (
 )
 from jaxgrpo.study.sections import DYNAMIC
 from jaxgrpo.study.settings import study_settings
-from jaxgrpo.study.verdict import design_verdict, how_sure, question, verdict
+from jaxgrpo.study.verdict import after_a_look, design_verdict, how_sure, question, verdict
 
 VIEWS = ("l2", "weight", "rank_free", "rms")
 
@@ -42,21 +44,7 @@ def collect_results(config: StudyConfig) -> Results:
         ConfigError: two arms were not asked the same questions in the same way.
     """
     files = StudyFiles(config.run_dir)
-    groups: dict[str, list[Arm]] = {}
-    for arm in list_arms(config):
-        groups.setdefault(arm.group, []).append(arm)
-    design = None
-    if config.study.design is None:
-        compared = _compared(config, files, groups)
-    else:
-        analysis = analyse(config)
-        design = analysis.design
-        done = design["look"] or 0
-        groups = {
-            arms[0].plan: [arm for arm in arms if arm.seed <= max(done, 1)]
-            for arms in sorted(groups.values(), key=lambda arms: list(CELLS).index(arms[0].plan))
-        }
-        compared = analysis.compared
+    groups, compared, design = _runs(config, files)
     planned, answers, layout, contrasts = (
         compared.planned,
         compared.answers,
@@ -78,19 +66,23 @@ def collect_results(config: StudyConfig) -> Results:
     smallest = None if layout is None else detectable(planned, answers, layout)
     trend = _rank_trend(config, groups, answers, layout)
     residual = None if layout is None else _residual(layout)
+    later, listed = later_arms(config), list(contrasts.values())
+    said = (
+        after_a_look(later) + verdict(arms, listed, residual, smallest, trend)
+        if design is None
+        else design_verdict(design, listed) + how_sure(residual, smallest)
+    )
     return {
         "format": RESULTS_FORMAT,
         "title": config.study.title,
         "question": question(config),
-        "verdict": verdict(arms, list(contrasts.values()), residual, smallest, trend)
-        if design is None
-        else design_verdict(design, list(contrasts.values())) + how_sure(residual, smallest),
+        "verdict": said,
         "settings": study_settings(config, files),
         "versions": _versions(files, config),
         "base": _base(config, files),
         "arms": arms,
         "cuts": cut_results(config, files, groups),
-        "contrasts": list(contrasts.values()),
+        "contrasts": listed,
         "residual": residual,
         "minimum_detectable_effect": smallest and smallest["value"],
         "detectable": smallest,
@@ -99,6 +91,7 @@ def collect_results(config: StudyConfig) -> Results:
             "residual sd of the runs; more seeds make it smaller"
         ),
         "rank_trend": trend,
+        "later": later,
         "design": design,
         "profiles": profiles,
         "importance": {
@@ -111,6 +104,24 @@ def collect_results(config: StudyConfig) -> Results:
         "paper": paper_rows(config, files, arms, profiles),
         "allocations": _allocations(config, files),
     }
+
+
+def _runs(
+    config: StudyConfig, files: StudyFiles
+) -> tuple[dict[str, list[Arm]], Compared, DesignResult | None]:
+    """Groups of arms, what their comparison gave, and, of a factorial, its design."""
+    groups: dict[str, list[Arm]] = {}
+    for arm in list_arms(config):
+        groups.setdefault(arm.group, []).append(arm)
+    if config.study.design is None:
+        return groups, _compared(config, files, groups), None
+    analysis = analyse(config)
+    done = analysis.design["look"] or 0
+    cells = {
+        arms[0].plan: [arm for arm in arms if arm.seed <= max(done, 1)]
+        for arms in sorted(groups.values(), key=lambda arms: list(CELLS).index(arms[0].plan))
+    }
+    return cells, analysis.compared, analysis.design
 
 
 def _residual(layout: RunLayout) -> Residual | None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxgrpo.config import Config, ConfigError, Objective, ScaleRule
-from jaxgrpo.identity import first_difference, identity, read_recorded
+from jaxgrpo.config_files import read_yaml
+from jaxgrpo.identity import decode_recorded, first_difference, identity, read_recorded
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json
 from jaxgrpo.study.config import (
     Arm,
@@ -158,10 +159,12 @@ def check_same_study(config: StudyConfig) -> None:
     Arms may be added (plans, rules, seeds); what all runs share may not change.
     """
     path = RunDirectory(StudyFiles(config.run_dir).root).config
-    recorded = read_recorded(path, StudyConfig)
-    if recorded is None:
+    if not path.is_file():
         return
-    difference = first_difference(identity(recorded, "study"), identity(config, "study"))
+    # Of another version, too, whose `study` may have held what this one does not know.
+    settings = {k: v for k, v in read_yaml(path, StudyConfig).items() if k != "study"}
+    recorded = decode_recorded(settings, path)
+    difference = first_difference(identity(recorded), identity(config.plain()))
     if difference:
         raise ConfigError(
             f"{path.parent} holds another study: {difference}; "

@@ -134,7 +134,8 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         require(
             self.draws >= 2,
-            "study.probe.draws must be at least 2, so that an adapter has two ranks to compare",
+            "study.probe.draws must be at least 2, so that an adapter has two ranks to compare, "
+            f"got {self.draws}; a study made with fewer goes on with study.probe.draws=4",
         )
         require(self.layer_draws >= 0, "study.probe.layer_draws must be >= 0")
         for rule in self.scale_rules:
@@ -202,8 +203,9 @@ class StudySettings:
     """What `study:` holds."""
 
     title: str = "Does this rank allocation help under GRPO?"
-    margin: float = 0.02
-    """A difference in accuracy within this either way counts as none: two points."""
+    margin: float = 0.015
+    """A difference in accuracy within this either way counts as none: a point and a half. "No plan
+    beats uniform" is said of differences that are shown to be smaller."""
     outcome: OutcomeConfig = field(default_factory=OutcomeConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     allocation: AllocationConfig = field(default_factory=AllocationConfig)

@@ -10,6 +10,7 @@ from jaxgrpo.study.result_types import (
     Contrast,
     DesignResult,
     Detectable,
+    Later,
     Residual,
     Trend,
 )
@@ -66,12 +67,41 @@ def verdict(
         )
     primary = next((c for c in contrasts if c["family"] == "primary"), None)
     if primary is not None:
-        sentences.append(f"Primary: {_tested(primary)}.")
+        within = ""
+        if primary["verdict"] == "equivalent":
+            within = f" within {_points(primary['margin'])} points"
+        sentences.append(f"Primary: {_tested(primary)}, {primary['verdict']}{within}.")
     for word in ("better", "worse", "equivalent", "open"):
         rest = [c for c in contrasts if c["verdict"] == word and c is not primary]
         if rest:
             sentences.append(f"{word.capitalize()}: {_listed(rest)}.")
     return sentences + how_sure(residual, detectable)
+
+
+def after_a_look(later: Later | None) -> list[str]:
+    """Which runs were added or left out after a report, and what a p is worth then."""
+    if later is None:
+        return []
+    sentences = []
+    if later["seeds"]:
+        seeds, looks = ", ".join(map(str, later["seeds"])), later["reports"]
+        sentences += [
+            f"Exploratory: seeds {seeds} were added after a first report.",
+            "Whoever adds seeds until the result pleases finds a difference where there is none "
+            f"more often than in 5 %: with {looks} looks in up to {5 * looks} %, which no p below "
+            "counts. A study of its own seeds, as many as planned, would confirm it.",
+        ]
+    if later["arms"]:
+        sentences.append(
+            f"Exploratory: {', '.join(later['arms'])} came after a first report, chosen with its "
+            "results in sight; Holm's correction counts the arms that are listed, not those that "
+            "might have been added."
+        )
+    if later["left_out"]:
+        sentences.append(
+            f"Left out here, though an earlier report had them: {', '.join(later['left_out'])}."
+        )
+    return sentences
 
 
 def how_sure(residual: Residual | None, detectable: Detectable | None) -> list[str]:
@@ -83,11 +113,11 @@ def how_sure(residual: Residual | None, detectable: Detectable | None) -> list[s
             f"({_points(residual['low'])} to {_points(residual['high'])}, {residual['df']} df)."
         )
     if detectable is not None:
+        ends = (_points(detectable["low"]), _points(detectable["high"]))
+        over = f" ({' to '.join(ends)} over the interval of that sd)" if ends[0] != ends[1] else ""
         sentences.append(
             f"At this size the primary contrast finds a true difference of "
-            f"{_points(detectable['value'])} points with 80 % power "
-            f"({_points(detectable['low'])} to {_points(detectable['high'])} over the interval of "
-            "that sd)."
+            f"{_points(detectable['value'])} points with 80 % power{over}."
         )
     return sentences
 
@@ -113,8 +143,7 @@ def design_verdict(design: DesignResult, contrasts: Sequence[Contrast]) -> list[
         f"Look at {look['blocks']} of {last} blocks: a contrast differs at p <= "
         f"{look['differs_at']:.4f} and is equivalent at p <= {look['equivalent_at']:.4f}; {end}."
     ]
-    sentences += [f"{c['name'].capitalize()}: {c['verdict']}. {_tested(c)}." for c in contrasts]
-    return sentences
+    return sentences + [f"{c['verdict'].capitalize()}: {_tested(c)}." for c in contrasts]
 
 
 def _headline(plans: Sequence[Contrast]) -> str:
@@ -143,14 +172,10 @@ def _listed(contrasts: Sequence[Contrast]) -> str:
 
 def _tested(c: Contrast) -> str:
     assert c["low"] is not None and c["high"] is not None and c["p_holm"] is not None
-    said = f", {c['verdict']}" if c["family"] == "primary" else ""
-    within = (
-        f" within {_points(c['margin'])} points" if said and c["verdict"] == "equivalent" else ""
-    )
     return (
         f"{c['name']} is {100 * c['difference']:+.1f} points ({100 * c['low']:+.1f} to "
         f"{100 * c['high']:+.1f}, p = {c['p_holm']:.2g}, {len(c['per_seed'])} seeds, "
-        f"{c['df']:.3g} df){said}{within}"
+        f"{c['df']:.3g} df)"
     )
 
 

@@ -121,6 +121,8 @@ def test_a_look_finds_the_planted_effects(tmp_path):
     for name, items in ((PRIMARY, -32), ("rank effect", -8), ("speed effect", -24)):
         assert found[name]["difference"] == pytest.approx(items / ITEMS, abs=1.5 / ITEMS)
     assert found[PRIMARY]["verdict"] == "worse"
+    said = next(s for s in results["verdict"] if PRIMARY in s)
+    assert said.startswith(f"Worse: {PRIMARY} is ") and said.count("worse") == 0
     assert found[PRIMARY]["confidence"] == pytest.approx(0.9986, abs=1e-4)
     assert results["residual"]["df"] == 6
     assert [arm["plan"] for arm in results["arms"]] == list(CELLS)

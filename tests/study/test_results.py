@@ -7,11 +7,15 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from jaxgrpo.config import ConfigError, EvalConfig
-from jaxgrpo.config_files import decode_config
+from jaxgrpo.config_files import decode_config, dump_config
+from jaxgrpo.records.run_directory import RunDirectory
 from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, list_arms, scaled_lora
+from jaxgrpo.study.history import note_report
 from jaxgrpo.study.results import collect_results
+from jaxgrpo.study.runs import check_same_study
 from jaxgrpo.study.slopes import MECHANICAL_SLOPES
 
 ITEMS = 200
@@ -153,6 +157,42 @@ def test_no_is_not_said_while_one_plan_may_be_better(tmp_path):
     assert verdicts == {"proportional - uniform": "worse", "random - uniform": "open"}
     assert results["contrasts"][1]["high"] > results["contrasts"][1]["margin"]
     assert results["verdict"][0].startswith("Open:")
+
+
+def test_runs_that_were_added_after_a_report_are_told(tmp_path):
+    """Seeds, whole arms, and what is left out; a first report, and the same one again, say nothing
+    of it."""
+    shifts = {p: [0, 4, 3, -2] for p in ("uniform", "proportional", "random")}
+    config = moving_study(tmp_path, shifts)
+    fewer = {"plans": ["uniform", "proportional"], "seeds": [0, 1]}
+    for _ in range(2):
+        note_report(make_config(tmp_path, **fewer))
+        assert collect_results(make_config(tmp_path, **fewer))["later"] is None
+    note_report(config)
+    results = collect_results(config)
+    expected = {"seeds": [2, 3], "arms": ["random"], "left_out": [], "reports": 2}
+    assert results["later"] == expected
+    assert results["verdict"][0] == "Exploratory: seeds 2, 3 were added after a first report."
+    assert "with 2 looks in up to 10 %" in results["verdict"][1]
+    assert results["verdict"][2].startswith("Exploratory: random came after a first report")
+    best = make_config(tmp_path, plans=["uniform", "proportional"], seeds=[0, 2])
+    results = collect_results(best)
+    assert results["later"]["reports"] == 3
+    assert "proportional-constant-r8-s1" in results["verdict"][2]
+    assert "Left out here" in results["verdict"][2]
+
+
+def test_runs_that_are_all_alike_have_no_range_of_what_is_detectable(tmp_path):
+    """The sd is 0, and so are its limits; the arms' own items are not."""
+    config = make_config(tmp_path, seeds=[0, 1, 2])
+    for arm in list_arms(config):
+        half = np.arange(ITEMS) % 2 == (arm.plan == "random")
+        write_arm(config, arm, half if arm.plan != "proportional" else np.arange(ITEMS) < 100)
+    results = collect_results(config)
+    found = results["detectable"]
+    assert results["residual"]["sd"] == 0 and found["value"] > 0.05
+    assert found["low"] == found["high"] == found["value"]
+    assert results["verdict"][-1].endswith("80 % power.")
 
 
 def test_one_seed_gives_no_p(tmp_path):
@@ -324,6 +364,21 @@ def test_mistakes_in_a_study_are_told(changes, message):
 def test_what_a_study_sets_itself_may_not_be_given(key, value, message):
     with pytest.raises(ConfigError, match=message):
         decode_config({key: value}, StudyConfig)
+
+
+def test_a_study_of_an_older_format_opens_or_is_refused_with_what_to_run(tmp_path):
+    """What its `study` held is no part of its runs; what its runs share is."""
+    config = make_config(tmp_path)
+    raw = yaml.safe_load(dump_config(config))
+    raw["study"] |= {"probe": {"draws": 1}, "older": 3}
+    path = RunDirectory(tmp_path).config
+    path.write_text(yaml.safe_dump(raw))
+    check_same_study(config)
+    path.write_text(yaml.safe_dump(raw | {"steps": 7}))
+    with pytest.raises(ConfigError, match="steps was 7, is 5; choose another run_dir"):
+        check_same_study(config)
+    with pytest.raises(ConfigError, match=r"goes on with study\.probe\.draws=4"):
+        decode_config({"study": {"probe": {"draws": 1}}}, StudyConfig)
 
 
 def test_names_of_arms_are_file_names():
