@@ -29,6 +29,8 @@ from tests.gradients import assert_gradients_close
 from tests.rows import completion_logprobs, on_device, random_rows, train_batch
 
 CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8)
+# As Qwen3 has it: heads that are more than the hidden size, and norms of their own.
+QK_NORM = dataclasses.replace(CONFIG, head_dim=16, qkv_bias=False, qk_norm=True)
 PROMPTS, GROUP, SLOTS, WIDTH = 8, 3, 7, 5
 PLAN = RankPlan(
     {
@@ -46,9 +48,13 @@ TEMPERATURE = 0.8
 
 @pytest.fixture(scope="module")
 def weights():
-    base = init_base(CONFIG, jax.random.key(0))
+    return make_weights(CONFIG)
+
+
+def make_weights(config):
+    base = init_base(config, jax.random.key(0))
     base = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), base)
-    lora = init_lora(CONFIG, PLAN, jax.random.key(1))
+    lora = init_lora(config, PLAN, jax.random.key(1))
     lora = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(2), x.shape), lora)
     return base, lora
 
@@ -79,6 +85,10 @@ def gradients_of(weights, batch, remat, grpo=GRPO, config=CONFIG):
 
 @pytest.fixture(scope="module")
 def whole_rows(weights):
+    return from_whole_rows(CONFIG, weights)
+
+
+def from_whole_rows(config, weights):
     """loss, gradients, log-probs and entropies from rows that each have their prompt."""
     base, lora = weights
     batch, whole = on_device(make_batch()), ROWS.whole
@@ -87,7 +97,7 @@ def whole_rows(weights):
         layers = {name: {**base["layers"][name], "kernel": kernels[name]} for name in kernels}
         changed = {**base, "layers": base["layers"] | layers}
         logprobs, entropy = completion_logprobs(
-            CONFIG, changed, Adapters(lora, device_plan(PLAN)), *whole, temperature=TEMPERATURE
+            config, changed, Adapters(lora, device_plan(PLAN)), *whole, temperature=TEMPERATURE
         )
         weights = token_weights(GRPO.loss, batch.loss_mask, WIDTH)
         return jnp.sum(weights * token_losses(GRPO, logprobs, batch)), (logprobs, entropy)
@@ -103,7 +113,18 @@ def whole_rows(weights):
 def test_packed_gradients_equal_those_of_whole_rows(weights, whole_rows, platform, remat):
     """A GPU's program, run here: adapters inside the products, layers written out."""
     config = dataclasses.replace(CONFIG, device=Device(platform))
-    want = whole_rows
+    compare(config, weights, whole_rows, remat)
+
+
+def test_packed_gradients_through_norms_of_queries_and_keys():
+    weights = make_weights(QK_NORM)
+    want = from_whole_rows(QK_NORM, weights)
+    for platform, remat in (("cpu", "full"), ("gpu", "products")):
+        config = dataclasses.replace(QK_NORM, device=Device(platform))
+        compare(config, weights, want, remat)
+
+
+def compare(config, weights, want, remat):
     batch = make_batch()
     assert batch.packing.count > 1
     loss, grads, kernel_grads, logprobs, entropy = gradients_of(

@@ -32,6 +32,8 @@ from jaxgrpo.types import (
 from tests.rows import completion_logprobs
 
 CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8)
+# As Qwen3 has it: heads that are more than the hidden size, and norms of their own.
+QK_NORM = dataclasses.replace(CONFIG, head_dim=16, qkv_bias=False, qk_norm=True)
 GROUP, WIDTH = 3, 12
 PLAN = RankPlan(
     {"q_proj": np.array([1, 2, 0]), "up_proj": np.array([4, 0, 2])}, 4, 8.0, "rslora", 4
@@ -40,15 +42,15 @@ NEVER = StopRules((10**6,))
 
 
 @functools.cache
-def _adapters():
-    lora = init_lora(CONFIG, PLAN, jax.random.key(1))
+def _adapters(config=CONFIG):
+    lora = init_lora(config, PLAN, jax.random.key(1))
     lora = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape), lora)
     return Adapters(lora, device_plan(PLAN))
 
 
 @functools.cache
-def _base():
-    base = init_base(CONFIG, jax.random.key(0))
+def _base(config=CONFIG):
+    base = init_base(config, jax.random.key(0))
     return jax.tree.map(lambda x: x + 0.15 * jax.random.normal(jax.random.key(5), x.shape), base)
 
 
@@ -58,9 +60,11 @@ def _prompts(prompts=4, slots=7):
     return tokens, np.arange(slots)[None, :] >= slots - lengths[:, None]
 
 
-def _generate(stop=NEVER, key=0, rollout=None, prompts=None, caps=None, config=CONFIG):
+def _generate(
+    stop=NEVER, key=0, rollout=None, prompts=None, caps=None, config=CONFIG, weights=None
+):
     rollout = rollout or RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
-    weights = make_decode_weights(config, _base(), _adapters())
+    weights = make_decode_weights(config, *(weights or (_base(), _adapters())))
     tokens, mask = prompts or _prompts()
     generate = make_generate(config, rollout, stop, GROUP)
     out = generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(key), caps)
@@ -68,23 +72,24 @@ def _generate(stop=NEVER, key=0, rollout=None, prompts=None, caps=None, config=C
     return jax.tree.map(np.asarray, out)
 
 
-def _full_forward(out, temperature):
+def _full_forward(out, temperature, config=CONFIG):
     tokens, mask = _prompts()
     rows = np.zeros((len(out.tokens), tokens.shape[1] + WIDTH), np.int32)
     lengths = np.repeat(mask.sum(1), GROUP)
     for row, length in enumerate(lengths):
         rows[row, :length] = tokens[row // GROUP][mask[row // GROUP]]
         rows[row, length : length + WIDTH] = out.tokens[row]
-    score = functools.partial(completion_logprobs, CONFIG, temperature=temperature, chunk_tokens=16)
-    logprobs, _ = jax.jit(score)(_base(), _adapters(), rows, lengths, out.tokens)
+    score = functools.partial(completion_logprobs, config, temperature=temperature, chunk_tokens=16)
+    logprobs, _ = jax.jit(score)(_base(config), _adapters(config), rows, lengths, out.tokens)
     return np.asarray(logprobs)
 
 
-@pytest.mark.parametrize("temperature", [0.9, 0.0])
-def test_cached_decode_equals_full_forward(temperature):
+@pytest.mark.parametrize(("config", "temperature"), [(CONFIG, 0.9), (CONFIG, 0.0), (QK_NORM, 0.9)])
+def test_cached_decode_equals_full_forward(config, temperature):
     rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=temperature)
-    out = _generate(StopRules((5, 9)), rollout=rollout)
-    want = _full_forward(out, temperature or 1.0)
+    weights = _base(config), _adapters(config)
+    out = _generate(StopRules((5, 9)), rollout=rollout, config=config, weights=weights)
+    want = _full_forward(out, temperature or 1.0, config)
     chex.assert_trees_all_close(out.logprobs, np.where(out.mask, want, 0), atol=1e-4, rtol=0)
 
 

@@ -14,6 +14,15 @@ SIZES = {
         {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4},
         ["grpo.prompts_per_step=8", "grpo.micro_batches=4", "lora.rank=4"],
     ),
+    "qwen3": (
+        {
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+            "head_dim": 64,
+            "num_hidden_layers": 4,
+        },
+        ["grpo.prompts_per_step=8", "grpo.micro_batches=4", "lora.rank=4"],
+    ),
     "large head, long rows": (
         {"vocab_size": 12800, "num_hidden_layers": 6, "num_attention_heads": 8},
         ["grpo.prompts_per_step=4", "grpo.micro_batches=4", "rollout.max_completion_tokens=200"],

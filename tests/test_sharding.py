@@ -47,19 +47,22 @@ from tests.rows import on_device, random_rows, train_batch
 CONFIG = Qwen2Config(
     64, 48, 80, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=12, tie_word_embeddings=False
 )
+# As Qwen3 has it: heads that are more than the hidden size, and norms of their own.
+QK_NORM = dataclasses.replace(CONFIG, head_dim=24, qkv_bias=False, qk_norm=True)
 
 
-def config_on(mesh):
-    return dataclasses.replace(CONFIG, device=device_of(mesh))
+def config_on(mesh, config=CONFIG):
+    return dataclasses.replace(config, device=device_of(mesh))
 
 
 def _is_axes(x):
     return isinstance(x, tuple)
 
 
-def test_axes_tables_cover_every_leaf():
-    base = init_base(CONFIG, jax.random.key(0))
-    axes = base_logical_axes(CONFIG)
+@pytest.mark.parametrize("config", [CONFIG, QK_NORM])
+def test_axes_tables_cover_every_leaf(config):
+    base = init_base(config, jax.random.key(0))
+    axes = base_logical_axes(config)
     jax.tree.map(lambda a, x: chex.assert_rank(x, len(a)), axes, base, is_leaf=_is_axes)
     plan = RankPlan({"q_proj": np.array([1, 2, 3])}, 4, 8.0, "constant", 4)
     lora = init_lora(CONFIG, plan, jax.random.key(0))
@@ -68,13 +71,16 @@ def test_axes_tables_cover_every_leaf():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 2, 4), (8, 1, 1), (1, 8, 1)])
-def test_eight_devices_equal_one(sizes):
-    base = init_base(CONFIG, jax.random.key(0))
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [(CONFIG, (1, 2, 4)), (CONFIG, (8, 1, 1)), (CONFIG, (1, 8, 1)), (QK_NORM, (1, 2, 4))],
+)
+def test_eight_devices_equal_one(model, sizes):
+    base = init_base(model, jax.random.key(0))
     plan = RankPlan(
         {"q_proj": np.array([1, 2, 3]), "down_proj": np.array([4, 0, 2])}, 4, 8.0, "rslora", 4
     )
-    lora = init_lora(CONFIG, plan, jax.random.key(1))
+    lora = init_lora(model, plan, jax.random.key(1))
     lora = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), lora)
     mesh = make_mesh(MeshConfig(*sizes))
     rows = random_rows(np.random.default_rng(0), 64, 8, 1, 7, 5)
@@ -98,14 +104,14 @@ def test_eight_devices_equal_one(sizes):
         return jnp.mean(logprobs), entropy
 
     step = jax.jit(jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=0)
-    single = to_host(step(CONFIG, lora, base, device_plan(plan), on_device(packed).packing))
+    single = to_host(step(model, lora, base, device_plan(plan), on_device(packed).packing))
     with jax.set_mesh(mesh):
         put = lambda axes, x: jax.device_put(x, sharding(mesh, axes))  # noqa: E731
-        sharded_base = jax.tree.map(put, base_logical_axes(CONFIG), base, is_leaf=_is_axes)
+        sharded_base = jax.tree.map(put, base_logical_axes(model), base, is_leaf=_is_axes)
         sharded_lora = jax.tree.map(put, lora_logical_axes(plan.modules), lora, is_leaf=_is_axes)
         packing = shard_batch(mesh, packed).packing
         many = to_host(
-            step(config_on(mesh), sharded_lora, sharded_base, device_plan(plan), packing)
+            step(config_on(mesh, model), sharded_lora, sharded_base, device_plan(plan), packing)
         )
     chex.assert_trees_all_close(single, many, atol=2e-5, rtol=1e-4)
 
