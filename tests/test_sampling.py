@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from jaxgrpo.config import RolloutConfig
 from jaxgrpo.mesh import ONE_CPU
 from jaxgrpo.model.block_statistics import (
     block_statistics,
@@ -32,7 +33,7 @@ def _draws(logits, rows, t=0, key=0, **cuts):
     draws = row_draws(keys, jnp.array([t]), count)[0]
     logits = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (rows, len(logits)))
     more = lambda number: row_draws(keys, (1000 * number + t)[None], count)[0]  # noqa: E731
-    draw = jax.jit(lambda logits: sample(logits, draws, more, **cuts))
+    draw = jax.jit(lambda logits: sample(logits, draws, more, RolloutConfig(**cuts)))
     return draw(logits)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
+from jaxgrpo.config import RolloutConfig
 from jaxgrpo.grpo.advantages import compute_advantages
 from jaxgrpo.model.qwen2 import swiglu
 from jaxgrpo.rollout.sampling import sample
@@ -16,7 +17,7 @@ from jaxgrpo.rollout.sampling import sample
         lambda: compute_advantages(np.zeros((2, 2), np.float32), 2),
         lambda: swiglu(jnp.zeros((2, 4), jnp.int32)),
         # Logits of three rows, noise of two.
-        lambda: sample(jnp.zeros((3, 8)), jnp.zeros((2, 1)), lambda rows: rows, temperature=1.0),
+        lambda: sample(jnp.zeros((3, 8)), jnp.zeros((2, 1)), lambda rows: rows, RolloutConfig()),
     ],
     ids=["grpo", "model", "rollout"],
 )

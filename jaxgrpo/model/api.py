@@ -32,6 +32,7 @@ from jaxgrpo.types import Adapters, Packing, Tree
 
 __all__ = [
     "PRESETS",
+    "PromptCache",
     "Qwen2Config",
     "base_logical_axes",
     "bin_logprobs",

@@ -9,6 +9,7 @@ the decode form (`model.api.make_decode_weights`).
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgrpo.config import RolloutConfig
 from jaxgrpo.mesh import Device, constrain
 from jaxgrpo.model.api import (
+    PromptCache,
     Qwen2Config,
     cache_slots,
     decode_step,
@@ -99,6 +101,100 @@ def batch_sizes(rows: int, device: Device) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+@dataclass(frozen=True)
+class _Sampler:
+    """What sampling is compiled for; of the stop rules, what is looked up by token."""
+
+    model: Qwen2Config
+    rollout: RolloutConfig
+    stop_ids: Int[Array, " ids"]
+    transitions: Int[Array, "states V"] | None
+
+    def rows(
+        self, count: int, group_size: int, key: jax.Array, caps: Int[Array, " B"] | None
+    ) -> _Rows:
+        """So many rows, and all the draws they need."""
+        number = jnp.arange(count)
+        keys, width = row_keys(key, count), self.rollout.max_completion_tokens
+        return _Rows(
+            number=number,
+            prompt_of=number // group_size,
+            keys=keys,
+            draws=row_draws(keys, jnp.arange(width), draws_needed(self.rollout.top_p)),
+            caps=jnp.full(count, width, jnp.int32) if caps is None else caps,
+        )
+
+    def empty(self, count: int) -> _Loop:
+        """So many rows of which nothing has been sampled."""
+        width = self.rollout.max_completion_tokens
+        return _Loop(
+            t=jnp.zeros((), jnp.int32),
+            cache=init_completion_cache(self.model, count, width),
+            tokens=jnp.zeros((count, width), jnp.int32),
+            logprobs=jnp.zeros((count, width), jnp.float32),
+            newest=jnp.zeros(count, jnp.int32),
+            lengths=jnp.zeros(count, jnp.int32),
+            finish_reasons=jnp.full(count, FINISH_LENGTH, jnp.int32),
+            done=jnp.zeros(count, bool),
+            stop_state=jnp.zeros(count, jnp.int32),
+        )
+
+    def draw(self, weights: Tree, rows: _Rows, hidden: jax.Array, loop: _Loop) -> _Loop:
+        """Samples token `t` of every row from `hidden` and books it."""
+        t, width = loop.t, self.rollout.max_completion_tokens
+        count = draws_needed(self.rollout.top_p)
+        tokens, logprobs = sample(
+            constrain(logits(self.model, weights, hidden), "act_batch", "act_vocab"),
+            rows.draws[t],
+            lambda number: row_draws(rows.keys, (number * width + t)[None], count)[0],
+            self.rollout,
+            self.model.device,
+        )
+        live = ~loop.done
+        tokens = jnp.where(live, tokens, 0)
+        by_token = live & jnp.any(tokens[:, None] == self.stop_ids[None, :], axis=1)
+        by_string = jnp.zeros_like(by_token)
+        stop_state = loop.stop_state
+        if self.transitions is not None:
+            stop_state = jnp.where(live, self.transitions[stop_state, tokens], stop_state)
+            by_string = live & (stop_state == self.transitions.shape[0] - 1) & ~by_token
+        reason = jnp.where(by_token, FINISH_STOP_TOKEN, loop.finish_reasons)
+        reason = jnp.where(by_string, FINISH_STOP_STRING, reason)
+        logprobs = jnp.where(live, logprobs, 0.0)
+        return loop._replace(
+            t=t + 1,
+            tokens=jax.lax.dynamic_update_slice(loop.tokens, tokens[:, None], (0, t)),
+            logprobs=jax.lax.dynamic_update_slice(loop.logprobs, logprobs[:, None], (0, t)),
+            newest=tokens,
+            lengths=loop.lengths + live,
+            finish_reasons=reason,
+            done=loop.done | by_token | by_string | (t + 1 >= rows.caps),
+            stop_state=stop_state,
+        )
+
+    def run(
+        self,
+        weights: Tree,
+        prompts: PromptCache,
+        rows: _Rows,
+        loop: _Loop,
+        enough: int,
+        prompt_of: Int[Array, " B"] | None = None,
+    ) -> _Loop:
+        """Token by token, until no more than `enough` rows are left."""
+
+        def body(loop: _Loop) -> _Loop:
+            hidden, cache = decode_step(
+                self.model, weights, prompts, loop.cache, loop.newest, loop.t - 1, prompt_of
+            )
+            return self.draw(weights, rows, hidden, loop._replace(cache=cache))
+
+        def unfinished(loop: _Loop) -> Bool[Array, ""]:
+            return (loop.t < self.rollout.max_completion_tokens) & (jnp.sum(~loop.done) > enough)
+
+        return jax.lax.while_loop(unfinished, body, loop)
+
+
 def make_generate(
     model_config: Qwen2Config, rollout: RolloutConfig, stop: StopRules, group_size: int
 ) -> Generate:
@@ -115,43 +211,7 @@ def make_generate(
     width = rollout.max_completion_tokens
     stop_ids = jnp.asarray(stop.token_ids, jnp.int32)
     transitions = None if stop.transitions is None else jnp.asarray(stop.transitions)
-    count = draws_needed(rollout.top_p)
-
-    def draw(weights: Tree, rows: _Rows, hidden: jax.Array, loop: _Loop) -> _Loop:
-        """Samples token `t` of every row from `hidden` and books it."""
-        t = loop.t
-        scores = constrain(logits(model_config, weights, hidden), "act_batch", "act_vocab")
-        tokens, logprobs = sample(
-            scores,
-            rows.draws[t],
-            lambda number: row_draws(rows.keys, (number * width + t)[None], count)[0],
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            min_p=rollout.min_p,
-            device=model_config.device,
-        )
-        live = ~loop.done
-        tokens = jnp.where(live, tokens, 0)
-        by_token = live & jnp.any(tokens[:, None] == stop_ids[None, :], axis=1)
-        by_string = jnp.zeros_like(by_token)
-        stop_state = loop.stop_state
-        if transitions is not None:
-            stop_state = jnp.where(live, transitions[stop_state, tokens], stop_state)
-            by_string = live & (stop_state == transitions.shape[0] - 1) & ~by_token
-        reason = jnp.where(by_token, FINISH_STOP_TOKEN, loop.finish_reasons)
-        reason = jnp.where(by_string, FINISH_STOP_STRING, reason)
-        logprobs = jnp.where(live, logprobs, 0.0)
-        return loop._replace(
-            t=t + 1,
-            tokens=jax.lax.dynamic_update_slice(loop.tokens, tokens[:, None], (0, t)),
-            logprobs=jax.lax.dynamic_update_slice(loop.logprobs, logprobs[:, None], (0, t)),
-            newest=tokens,
-            lengths=loop.lengths + live,
-            finish_reasons=reason,
-            done=loop.done | by_token | by_string | (t + 1 >= rows.caps),
-            stop_state=stop_state,
-        )
+    sampler = _Sampler(model_config, rollout, stop_ids, transitions)
 
     @functools.partial(jax.jit, compiler_options=model_config.device.decode_options)
     def generate(
@@ -162,60 +222,20 @@ def make_generate(
         caps: Int[Array, " B"] | None = None,
     ) -> Rollout:
         sizes = batch_sizes(prompt_tokens.shape[0] * group_size, model_config.device)
-        number = jnp.arange(sizes[0])
-        keys = row_keys(key, sizes[0])
-        rows = _Rows(
-            number=number,
-            prompt_of=number // group_size,
-            keys=keys,
-            draws=row_draws(keys, jnp.arange(width), count),
-            caps=jnp.full(sizes[0], width, jnp.int32) if caps is None else caps,
-        )
+        rows = sampler.rows(sizes[0], group_size, key, caps)
         slots = cache_slots(model_config, prompt_tokens.shape[1])
         unused = slots - prompt_tokens.shape[1]
         prompt_tokens = jnp.pad(prompt_tokens, ((0, 0), (unused, 0)))
         prompt_mask = jnp.pad(prompt_mask, ((0, 0), (unused, 0)))
         hidden, prompts = prefill(model_config, weights, prompt_tokens, prompt_mask)
         hidden = constrain(jnp.repeat(hidden, group_size, axis=0), "act_batch", "act_embed")
-        start = _Loop(
-            t=jnp.zeros((), jnp.int32),
-            cache=init_completion_cache(model_config, sizes[0], width),
-            tokens=jnp.zeros((sizes[0], width), jnp.int32),
-            logprobs=jnp.zeros((sizes[0], width), jnp.float32),
-            newest=jnp.zeros(sizes[0], jnp.int32),
-            lengths=jnp.zeros(sizes[0], jnp.int32),
-            finish_reasons=jnp.full(sizes[0], FINISH_LENGTH, jnp.int32),
-            done=jnp.zeros(sizes[0], bool),
-            stop_state=jnp.zeros(sizes[0], jnp.int32),
-        )
-        loop = draw(weights, rows, hidden, start)
-
-        def run(rows: _Rows, loop: _Loop, enough: int, prompt_of: jax.Array | None) -> _Loop:
-            """Until no more than `enough` rows are left."""
-
-            def body(loop: _Loop) -> _Loop:
-                hidden, cache = decode_step(
-                    model_config,
-                    weights,
-                    prompts,
-                    loop.cache,
-                    loop.newest,
-                    loop.t - 1,
-                    prompt_of,
-                )
-                return draw(weights, rows, hidden, loop._replace(cache=cache))
-
-            def unfinished(loop: _Loop) -> Bool[Array, ""]:
-                return (loop.t < width) & (jnp.sum(~loop.done) > enough)
-
-            return jax.lax.while_loop(unfinished, body, loop)
-
+        loop = sampler.draw(weights, rows, hidden, sampler.empty(sizes[0]))
         enough = (*sizes[1:], 0)
-        loop = run(rows, loop, enough[0], None)
+        loop = sampler.run(weights, prompts, rows, loop, enough[0])
         found = _found(loop)
         for size, left in zip(sizes[1:], enough[1:], strict=True):
             rows, loop = _shrink(rows, loop, size)
-            loop = run(rows, loop, left, rows.prompt_of)
+            loop = sampler.run(weights, prompts, rows, loop, left, rows.prompt_of)
             found = jax.tree.map(lambda x, y, to=rows.number: x.at[to].set(y), found, _found(loop))
         mask = jnp.arange(width)[None, :] < found.lengths[:, None]
         return Rollout(mask=mask, **found._asdict())

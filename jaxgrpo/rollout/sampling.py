@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxgrpo.config import RolloutConfig
 from jaxgrpo.mesh import ONE_CPU, Device
 from jaxgrpo.model.block_statistics import BLOCK, block_statistics, block_sums
 
@@ -44,11 +45,7 @@ def sample(
     logits: Float[Array, "B V"],
     draws: Float[Array, "B k"],
     more: Callable[[jax.Array], jax.Array],
-    *,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    rollout: RolloutConfig,
     device: Device = ONE_CPU,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draws one token per row and gives its log-prob, float32.
@@ -56,16 +53,18 @@ def sample(
     Args:
         draws: uniform in [0, 1), `draws_needed` of them a row.
         more: round (1, 2, ...) -> as many again, for the rare row that top-p needs them for.
-        temperature: 0 takes the likeliest token, and its log-prob at temperature 1.
+        rollout: temperature and cuts. Temperature 0 takes the likeliest token, and its log-prob at
+            temperature 1.
     """
+    temperature, top_p = rollout.temperature, rollout.top_p
     logits = logits.astype(jnp.float32)
     scores = logits / temperature if temperature > 0 else logits
     top, sums = block_statistics(logits, temperature if temperature > 0 else 1.0, device)
     norm = top + jnp.log(jnp.sum(sums, axis=-1))
     if temperature == 0:
         tokens = jnp.argmax(scores, axis=-1)
-    elif top_k > 0 or min_p > 0:
-        kept = keep(scores, top_k=top_k, top_p=top_p, min_p=min_p)
+    elif rollout.top_k > 0 or rollout.min_p > 0:
+        kept = keep(scores, top_k=rollout.top_k, top_p=top_p, min_p=rollout.min_p)
         tokens = inverse_cdf(kept, top, block_sums(kept, top), draws[:, 0])
     elif top_p < 1:
         tokens = draw_nucleus(scores, top, sums, draws, more, top_p)
