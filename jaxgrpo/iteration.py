@@ -263,7 +263,6 @@ def pack_batch(
         np.asarray(rollout.tokens),
         np.asarray(rollout.lengths),
         trained,
-        group_size=len(rollout.lengths) // len(prompts.texts),
         micro_batches=grpo.micro_batches,
         shards=batch_shards(mesh),
         platform=mesh.devices.flat[0].platform,

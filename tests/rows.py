@@ -79,7 +79,7 @@ def train_batch(
     """
     trained = np.ones(len(rows.lengths), bool) if trained is None else np.asarray(trained)
     order, packing = pack_rows(
-        rows.prompts, rows.completions, rows.lengths, trained, group_size=rows.group_size,
+        rows.prompts, rows.completions, rows.lengths, trained,
         micro_batches=micro_batches, shards=shards, platform=platform,
     )  # fmt: skip
     given = {"loss_mask": rows.mask, "sampler_logprobs": np.zeros_like(rows.mask)} | by_row

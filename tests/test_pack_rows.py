@@ -10,7 +10,7 @@ from tests.rows import make_rows, random_rows
 def pack(rows, trained=None, *, micro_batches=4, shards=1, platform="gpu"):
     trained = np.ones(len(rows.lengths), bool) if trained is None else trained
     return pack_rows(
-        rows.prompts, rows.completions, rows.lengths, trained, group_size=rows.group_size,
+        rows.prompts, rows.completions, rows.lengths, trained,
         micro_batches=micro_batches, shards=shards, platform=platform,
     )  # fmt: skip
 
@@ -101,19 +101,38 @@ def test_one_group_and_no_rows(group):
 
 
 def test_no_lengths_exceed_the_bins():
-    """Many draws of lengths at their worst: short and long ones mixed, in every proportion. That
-    the bins hold them is asserted inside."""
+    """Lengths of prompts and completions, short and long ones mixed in every proportion, changed a
+    few at a time and kept where they need as many bins or more. That the bins hold them is
+    asserted inside."""
     rng = np.random.default_rng(0)
-    for _ in range(150):
+
+    def draw(count, high):
+        short = rng.integers(1, high + 1, count)
+        return np.where(rng.random(count) < rng.random(), high, short)
+
+    for _ in range(60):
         prompts, group = int(rng.integers(1, 9)), int(rng.integers(1, 9))
         slots, width = int(rng.integers(1, 30)), int(rng.integers(1, 40))
         total = prompts * group
-        asked = [np.ones(slots if rng.random() < rng.random() else 1, int) for _ in range(prompts)]
-        long = rng.random(total) < rng.random()
-        lengths = np.where(long, width, rng.integers(1, width + 1))
-        rows = make_rows(asked, np.ones((total, width)), lengths, group, slots)
-        _, packing = pack(rows, micro_batches=int(rng.integers(1, total + 2)))
-        assert (packing.member >= 0).sum() == total
+        micro_batches = int(rng.integers(1, total + 2))
+        kept, needed = [draw(prompts, slots), draw(total, width)], 0
+        for _ in range(15):
+            changed = [lengths.copy() for lengths in kept]
+            for lengths, high in zip(changed, (slots, width), strict=True):
+                lengths[rng.integers(len(lengths), size=2)] = rng.integers(1, high + 1, 2)
+            asked = [np.ones(length, int) for length in changed[0]]
+            rows = make_rows(asked, np.ones((total, width)), changed[1], group, slots)
+            _, packing = pack(rows, micro_batches=micro_batches)
+            assert (packing.member >= 0).sum() == total
+            if packing.count >= needed:
+                kept, needed = changed, packing.count
+
+
+def test_there_are_not_many_more_bins_than_full_rows_fill():
+    """All of them are copied to the device, whatever is in them."""
+    for micro_batches in (1, 4, 8, 16, 24, 32):
+        shape = bin_shape(32, 8, 256, 512, micro_batches, "gpu")
+        assert shape.bins <= 2 * micro_batches + 1, shape
 
 
 def test_when_nothing_ends_early_about_as_many_bins_run_as_were_asked_for():

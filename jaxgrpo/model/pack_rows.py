@@ -7,6 +7,7 @@ is an argument of the compiled loop. `bins.py` goes from bins to rows and back.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -63,11 +64,33 @@ def bin_shape(
     # What prompts take when completions have half of the cap on average, and half as much again.
     share = 1.5 * shared / max(shared + group_size * width / 2, 1)
     shared_places = min(places, max(_in_eights(math.ceil(share * places)), _in_eights(shared)))
-    # Every bin but the last turned a row away: for its places, its rows, or its prompts' places.
-    bins = 1 + rows * row_places // (places - row_places + 1) + rows // bin_rows
-    if shared:
-        bins += rows * shared // (shared_places - shared + 1)
-    return BinShape(min(bins, rows), places, bin_rows, row_places, shared_places, group_size)
+    shape = BinShape(rows, places, bin_rows, row_places, shared_places, group_size)
+    return dataclasses.replace(shape, bins=_most_bins(shape, prompts, shared, width))
+
+
+def _most_bins(shape: BinShape, prompts: int, shared: int, width: int) -> int:
+    """Bins that `_fill` needs at most, whatever the lengths are.
+
+    Every bin but the last turned a row away, for one of three reasons: it has all its rows; or it
+    is full, fewer than shared + width places being left; or it is neither, and has no room for
+    another prompt. Take a prompt when all its rows are placed: it lies in at most one bin that is
+    neither full nor has all its rows. Of two, it would have entered the later one with a row that
+    the earlier one turned away, and not for its places or rows: so for want of room for the prompt,
+    which then never entered there. Hence in all bins of the third kind, and in full ones before the
+    prompt that filled them up, each prompt lies once: prompts * shared places together. A bin of
+    the third kind has at least `crowded` of those. A full one holds at least `full` places of these
+    and of rows' own, of which there are rows * width: what the prompt that filled it up takes,
+    which may lie elsewhere too, does not count.
+    """
+    rows = prompts * shape.group_size
+    full = shape.places - 2 * shared - width + 1
+    crowded = shape.shared_places - shared + 1
+    if full < 1:
+        return rows
+    least = min(full, crowded)
+    # In whole numbers: rows * width / full + prompts * shared / least.
+    needed = (rows * width * least + prompts * shared * full) // (full * least)
+    return min(rows, 1 + rows // shape.rows + needed)
 
 
 def _in_eights(count: int) -> int:
@@ -80,7 +103,6 @@ def pack_rows(
     lengths: np.ndarray,
     trained: np.ndarray,
     *,
-    group_size: int,
     micro_batches: int,
     shards: int,
     platform: str,
@@ -88,13 +110,14 @@ def pack_rows(
     """(order, packing): the rows' new order, and the packing of rows in that order.
 
     Args:
-        completions: [B, C].
+        completions: [B, C], as many of each prompt.
         lengths: tokens of each completion, at least 1.
         trained: [B], rows to be computed; the others are in no bin.
         micro_batches, shards: over how many bins and batch shards full rows are spread.
         platform: of the devices.
     """
     count, width = len(prompts.texts), completions.shape[1]
+    group_size = len(lengths) // count
     shape = bin_shape(
         count // shards, group_size, prompts.tokens.shape[1], width, micro_batches, platform
     )
