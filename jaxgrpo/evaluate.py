@@ -101,35 +101,62 @@ def comparable(one: EvalResult, other: EvalResult) -> bool:
     return differ <= {"policy", "seed"}
 
 
+@dataclass(frozen=True)
+class EvalTask:
+    """What is asked of a policy, and what says which completions are right.
+
+    Attributes:
+        reward: what `eval.reward` names.
+    """
+
+    config: Config
+    prompts: PromptSource
+    tokenizer: Any
+    reward: RewardFunction
+    mesh: Mesh
+
+
+@dataclass(frozen=True)
+class EvalPlace:
+    """Where an evaluation is kept, DIRECTORY/NAME_XXXXXX.jsonl and .json, and whose it is.
+
+    Attributes:
+        policy: whose weights are evaluated, for the record.
+        step: XXXXXX, of training.
+    """
+
+    directory: Path
+    policy: str
+    step: int
+    name: str = "step"
+
+    @property
+    def metrics(self) -> Path:
+        return self.directory / f"{self.name}_{self.step:06d}.json"
+
+    @property
+    def records(self) -> Path:
+        return self.metrics.with_suffix(".jsonl")
+
+
 def evaluate(
     generate: Callable[..., Rollout],
     weights: Tree,
-    prompts: PromptSource,
-    tokenizer: Any,
-    reward: RewardFunction,
-    config: Config,
-    *,
-    mesh: Mesh,
-    step: int,
-    directory: Path,
+    task: EvalTask,
+    place: EvalPlace,
     console: Console,
-    policy: str = "",
-    name: str = "step",
     stopping: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
-    """Completes every problem and judges it; writes NAME_XXXXXX.jsonl and .json to `directory`.
+    """Completes every problem and judges it; writes what it found.
 
     Every evaluation of a run draws the same noise for the same problem (its key has no step), so
     that two of them differ by the policy alone.
-
-    Args:
-        reward: what `eval.reward` names.
-        policy: whose weights these are, for the record.
 
     Raises:
         StoppedError: `stopping` said so between two batches; nothing was written.
         ConfigError: the reward failed; it names the completion.
     """
+    config, prompts = task.config, task.prompts
     total = min(len(prompts), config.eval.problems or len(prompts))
     count = config.eval.batch_prompts
     records: list[dict] = []
@@ -142,29 +169,26 @@ def evaluate(
             # Which of the two takes how long depends on the programs kept on disk.
             stage.say("" if start else "compiling and sampling the first batch")
             batch, real = prompts.sequential(start, count, total)
-            tokens, mask = shard_rows(mesh, (batch.tokens, batch.mask))
+            tokens, mask = shard_rows(task.mesh, (batch.tokens, batch.mask))
             key = fold_key(config.seed, start, Purpose.EVAL)
             rollout = to_host(generate(weights, tokens, mask, key))
-            texts = completion_texts(tokenizer, rollout, config.rollout.stop_strings)
-            if reward is gsm8k_answer_reward:
+            texts = completion_texts(task.tokenizer, rollout, config.rollout.stop_strings)
+            if task.reward is gsm8k_answer_reward:
                 records += judge_gsm8k(batch, real, texts, rollout, config.eval.samples)
             else:
-                records += judge(batch, real, texts, rollout, reward, config)
+                records += judge(batch, real, texts, rollout, task.reward, config)
             tokens_done += int(rollout.lengths[: real * config.eval.samples].sum())
             speed = tokens_done / max(stage.elapsed_s, 1e-9)
             stage.update(min(start + count, total), f"{speed:,.0f} tok/s")
     result = EvalResult(
         metrics=eval_metrics(records, config.eval.samples),
         records=records,
-        made_with=evaluation_inputs(config, prompts, policy),
+        made_with=evaluation_inputs(config, prompts, place.policy),
     )
     if jax.process_index() == 0:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        name = f"{name}_{step:06d}"
-        text = lines.encode("utf-8", "backslashreplace").decode()
-        atomic_write_text(directory / f"{name}.jsonl", text)
-        made_with = {"made_with": result.made_with}
-        atomic_write_json(directory / f"{name}.json", result.metrics | made_with)
+        atomic_write_text(place.records, lines.encode("utf-8", "backslashreplace").decode())
+        atomic_write_json(place.metrics, result.metrics | {"made_with": result.made_with})
     return result
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from jaxgrpo.checkpoint import check_same_policy, read_adapter
 from jaxgrpo.config import Config
-from jaxgrpo.evaluate import EvalResult, evaluate, evaluation_inputs
+from jaxgrpo.evaluate import EvalPlace, EvalResult, EvalTask, evaluate, evaluation_inputs
 from jaxgrpo.iteration import Programs, make_programs
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.processes import check_shared, first_process
@@ -25,45 +25,29 @@ def run_eval(
     session: Session,
     programs: Programs,
     lora: Tree | None,
-    step: int,
-    directory: Path,
-    policy: str,
+    place: EvalPlace,
     console: Console,
     stopping: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
-    """Evaluates a policy, called `policy` in the record; lora None means the base model.
+    """Evaluates a policy; lora None means the base model.
 
     With `eval.also_greedy` also greedily, as `eval/greedy_...` beside the sampled metrics.
     """
     config = session.config
     adapters = None if lora is None else session.adapters(lora)
     weights = make_decode_weights(session.model_config, session.base, adapters)
-    made = [(programs.generate_eval, config, "step")]
-    if config.eval.also_greedy:
-        greedy = dataclasses.replace(config.eval, samples=1, temperature=0.0, also_greedy=False)
-        made.append((programs.generate_greedy, dataclasses.replace(config, eval=greedy), "greedy"))
-    results = [
-        evaluate(
-            generate,
-            weights,
-            session.eval_prompts,
-            session.tokenizer,
-            session.eval_reward,
-            settings,
-            mesh=session.mesh,
-            step=step,
-            directory=directory,
-            console=console,
-            policy=policy,
-            name=name,
-            stopping=stopping,
-        )
-        for generate, settings, name in made
-    ]
-    metrics = results[0].metrics
-    for result in results[1:]:
-        metrics |= {k.replace("eval/", "eval/greedy_"): v for k, v in result.metrics.items()}
-    return dataclasses.replace(results[0], metrics=metrics)
+    task = EvalTask(
+        config, session.eval_prompts, session.tokenizer, session.eval_reward, session.mesh
+    )
+    result = evaluate(programs.generate_eval, weights, task, place, console, stopping)
+    if not config.eval.also_greedy:
+        return result
+    settings = dataclasses.replace(config.eval, samples=1, temperature=0.0, also_greedy=False)
+    task = dataclasses.replace(task, config=dataclasses.replace(config, eval=settings))
+    place = dataclasses.replace(place, name="greedy")
+    greedy = evaluate(programs.generate_greedy, weights, task, place, console, stopping)
+    beside = {k.replace("eval/", "eval/greedy_"): v for k, v in greedy.metrics.items()}
+    return dataclasses.replace(result, metrics=result.metrics | beside)
 
 
 def start_policy(session: Session) -> str:
@@ -103,4 +87,5 @@ def evaluate_run(config: Config, console: Console) -> tuple[EvalResult, Path]:
         if first_process():
             directory.mkdir(parents=True, exist_ok=True)
         programs = make_programs(session)
-        return run_eval(session, programs, lora, step, directory, policy, console), directory
+        place = EvalPlace(directory, policy, step)
+        return run_eval(session, programs, lora, place, console), directory

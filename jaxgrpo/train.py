@@ -21,7 +21,7 @@ from jaxgrpo.compiles import Compiled, compiled
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import dump_config, encode_config, flat_settings
 from jaxgrpo.divergence import DivergenceGuard
-from jaxgrpo.evaluate import EvalResult, StoppedError, evaluation_inputs, read_eval
+from jaxgrpo.evaluate import EvalPlace, EvalResult, StoppedError, evaluation_inputs, read_eval
 from jaxgrpo.evaluate_run import run_eval, start_policy
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.iteration import Programs, make_programs, run_step
@@ -255,16 +255,8 @@ class Loop:
         return self.evaluate(None if session.adapter is None else session.init_lora(), 0, policy)
 
     def evaluate(self, lora: Tree | None, step: int, policy: str | None = None) -> EvalResult:
-        result = run_eval(
-            self.session,
-            self.programs,
-            lora,
-            step,
-            self.run.eval,
-            policy or f"step {step}",
-            self.console,
-            self.should_stop,
-        )
+        place = EvalPlace(self.run.eval, policy or f"step {step}", step)
+        result = run_eval(self.session, self.programs, lora, place, self.console, self.should_stop)
         self.writer.write(step, result.metrics)
         return result
 

@@ -15,7 +15,9 @@ from rich.console import Console
 from jaxgrpo.config import ConfigError, EvalConfig, MeshConfig, RolloutConfig
 from jaxgrpo.config_files import load_config
 from jaxgrpo.evaluate import (
+    EvalPlace,
     EvalResult,
+    EvalTask,
     eval_metrics,
     evaluate,
     judge,
@@ -172,18 +174,10 @@ def run_eval():
             rollout = RolloutConfig(max_completion_tokens=48, temperature=temperature)
             programs[samples, temperature] = make_generate(model, rollout, stop, samples)
         prompts = PromptSource(load_problems(config.data, "test"), tokenizer, config.data)
-        return evaluate(
-            programs[samples, temperature],
-            weights,
-            prompts,
-            tokenizer,
-            gsm8k_answer_reward,
-            config,
-            mesh=mesh,
-            step=step,
-            directory=directory,
-            console=Console(file=io.StringIO()),
-        )
+        task = EvalTask(config, prompts, tokenizer, gsm8k_answer_reward, mesh)
+        place = EvalPlace(directory, "", step)
+        console = Console(file=io.StringIO())
+        return evaluate(programs[samples, temperature], weights, task, place, console)
 
     return run
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from jaxgrpo.checkpoint import read_adapter
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import dump_config
+from jaxgrpo.evaluate import EvalPlace
 from jaxgrpo.evaluate_run import run_eval
 from jaxgrpo.iteration import Programs, make_programs
 from jaxgrpo.model.adapters import save_adapter
@@ -121,15 +122,8 @@ class Lab:
         with run.lock() if first else nullcontext(), jax.set_mesh(session.mesh):
             placed = session.place_lora(jax.tree.map(lambda x: np.asarray(x, np.float32), lora))
             policy = f"{source.name}, cut"
-            after = run_eval(
-                session,
-                self.programs(session),
-                placed,
-                config.steps,
-                run.eval,
-                policy,
-                self._console,
-            )
+            place = EvalPlace(run.eval, policy, config.steps)
+            after = run_eval(session, self.programs(session), placed, place, self._console)
             if first:
                 atomic_write_text(run.config, dump_config(config))
                 save_adapter(run.adapter, lora, plan, str(config.model.path))
