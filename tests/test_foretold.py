@@ -68,7 +68,7 @@ def test_formula_and_compiled_programs_agree(capsys, model_of, name, remat):
     policies = [re.search(r"remat (\w+)", text.split("mesh.data")[-1]) for text in (dry, checked)]
     assert policies[0] and policies[1] and policies[0][1] == policies[1][1]
     phases = []
-    for program in ("merge", "rollout", "train"):
+    for program in ("layout", "rollout", "train"):
         compiled = number(rf"all while {program} runs ([0-9.,]+)", checked)
         foretold = number(rf"all while {program} runs ([0-9.,]+)", dry)
         assert foretold == pytest.approx(compiled, rel=0.1), program

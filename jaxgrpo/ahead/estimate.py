@@ -81,7 +81,7 @@ class Estimate:
 
     @property
     def step_seconds(self) -> float | None:
-        """Merge, rollout and updates; rewards and the host are not in it."""
+        """Layout, rollout and updates; rewards and the host are not in it."""
         times = {name: program.seconds for name, program in self.programs.items()}
         if any(s is None for s in times.values()) or len(times) < 3:
             return None
@@ -123,7 +123,7 @@ def estimate(
             if needed is None:
                 raise
             refused[name] = needed
-            if name == "merge":
+            if name == "layout":
                 break  # the rollout takes what it makes
             continue
         programs[name] = _measure(name, compiled, mesh.size, chip)
@@ -149,7 +149,7 @@ def estimate(
 def _measure(name: str, compiled: Any, devices: int, chip: Chip | None) -> Program:
     stats = compiled.memory_analysis()
     working = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    if name != "merge":  # what merge makes is counted as the sampler's weights
+    if name != "layout":  # what it makes is counted as the sampler's weights
         working += stats.output_size_in_bytes - stats.alias_size_in_bytes
     try:
         text = compiled.as_text()

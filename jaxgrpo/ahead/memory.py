@@ -31,7 +31,7 @@ FROZEN, STATE, SAMPLER, BATCH = (
     "batch",
 )
 WORKING = {
-    "merge": "merge: working memory",
+    "layout": "layout: working memory",
     "rollout": "rollout: caches and working memory",
     "train": "train: activations and working memory",
 }
@@ -44,17 +44,17 @@ class Memory:
 
     Attributes:
         held: all the time.
-        merge, rollout, train: besides, while the program of that name runs.
+        layout, rollout, train: besides, while the program of that name runs.
     """
 
     held: dict[str, int]
-    merge: dict[str, int]
+    layout: dict[str, int]
     rollout: dict[str, int]
     train: dict[str, int]
 
     @property
     def parts(self) -> dict[str, dict[str, int]]:
-        return {"merge": self.merge, "rollout": self.rollout, "train": self.train}
+        return {"layout": self.layout, "rollout": self.rollout, "train": self.train}
 
     @property
     def phases(self) -> dict[str, int]:
@@ -64,7 +64,7 @@ class Memory:
 
     def by_kind(self) -> dict[str, int]:
         """Kind -> bytes: what is held, SAMPLER, BATCH and the rest of each program as WORKING."""
-        apart = {SAMPLER: self.merge[SAMPLER], BATCH: self.train[BATCH]}
+        apart = {SAMPLER: self.layout[SAMPLER], BATCH: self.train[BATCH]}
         working = {
             WORKING[name]: sum(size for kind, size in part.items() if kind not in apart)
             for name, part in self.parts.items()
@@ -183,7 +183,7 @@ def foretell(
             STATE: 3 * adapters,
         },
         # Joined matrices on their way, about three of the seven at once.
-        merge=own | {"layers on their way": layers * 3 // 5},
+        layout=own | {"layers on their way": layers * 3 // 5},
         rollout=own
         | {
             "key-value cache": (prompts * prompt + rows * width) // shards * per_token,

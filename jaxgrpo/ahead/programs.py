@@ -35,7 +35,7 @@ from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.types import Adapters, LoraPlan, Packing, TrainBatch, TrainState, Tree
 
-PROGRAMS = ("merge", "rollout", "train")
+PROGRAMS = ("layout", "rollout", "train")
 """The sampler's copy of the weights; prompts to completions; one optimizer update."""
 
 QUICK_OPTIONS = {"exec_time_optimization_effort": -1.0}
@@ -137,7 +137,7 @@ class Lowered:
 
     Attributes:
         arguments: what they take.
-        sampler: the sampler's weights as `merge` leaves them; None before it is compiled.
+        sampler: the sampler's weights as `layout` leaves them; None before it is compiled.
     """
 
     def __init__(
@@ -168,9 +168,9 @@ class Lowered:
             jax.errors.JaxRuntimeError: the compiler refuses it, for lack of memory as a rule.
         """
         with jax.set_mesh(self._mesh):
-            return {"merge": self._merge, "rollout": self._rollout, "train": self._train}[name]()
+            return {"layout": self._layout, "rollout": self._rollout, "train": self._train}[name]()
 
-    def _merge(self) -> Any:
+    def _layout(self) -> Any:
         a = self.arguments
         adapters = Adapters(a.state.lora, a.plan)
         lowered = make_decode_weights.lower(self._model, a.base, adapters)
@@ -184,7 +184,7 @@ class Lowered:
 
     def _rollout(self) -> Any:
         if self.sampler is None:
-            self._merge()
+            self._layout()
         a = self.arguments
         lowered = self._generate.lower(self.sampler, a.prompt_tokens, a.prompt_mask, a.key)
         return lowered.compile(self._options)

@@ -210,7 +210,7 @@ class Bench:
         return found | self._memory() | self._kernels(once)
 
     def sample(self, lora: Tree) -> Rollout:
-        """Merges the adapters and samples."""
+        """Lays out the weights and samples."""
         key = jax.random.key(self.config.seed)
         weights = self._decode_weights(lora)
         prompts = (self.prompts.tokens, self.prompts.mask)
@@ -251,12 +251,12 @@ class Bench:
         return make_decode_weights(self.model, self.base, Adapters(lora, self.plan))
 
     def _parts_of_sampling(self) -> dict[str, float]:
-        """Laying out the weights (`merge_s`) and prefill by themselves; the rest is decoding."""
+        """Laying out the weights (`layout_s`) and prefill by themselves; the rest is decoding."""
         weights = self._decode_weights(self.lora)
         run = jax.jit(prefill, static_argnums=0, compiler_options=self.model.device.options)
         tokens, mask = shard_rows(self.mesh, (self.prompts.tokens, self.prompts.mask))
         return {
-            "merge_s": self._time(lambda: self._decode_weights(self.lora))[1],
+            "layout_s": self._time(lambda: self._decode_weights(self.lora))[1],
             "prefill_s": self._time(lambda: run(self.model, weights, tokens, mask))[1],
         }
 
