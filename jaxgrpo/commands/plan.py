@@ -185,12 +185,13 @@ def print_arms(config: StudyConfig, console: Console) -> None:
         table.add_row(arm_label(mine[0], config), str(len(mine)), str(low), str(high))
     console.print(table)
     settings = config.study
-    rules = len(settings.probe.scale_rules)
+    rules, each = len(settings.probe.scale_rules), settings.profile.steps
     # A uniform run beside each but the first, whose uniform run is the profile.
     probes = settings.probe.runs * (rules + 1) - 1 if rules else 0
     console.print(
-        f"{len(arms)} arms of {config.steps} steps; before them {settings.profile.steps} steps for "
-        f"each profile ({', '.join(settings.profile.objectives)}) and probe ({probes})",
+        f"{len(arms)} arms of {config.steps} steps; before them {each} steps for each profile "
+        f"({', '.join(settings.profile.objectives)}) and probe ({probes}): "
+        f"{len(arms) * config.steps + (len(settings.profile.objectives) + probes) * each:,} in all",
         highlight=False,
     )
 

@@ -101,7 +101,7 @@ STUDY = Command(
     "profile, allocate, train the arms, compare, write report.html",
     "Every stage that is done is skipped, so the same command again goes on.\n\n"
     "  run_dir=runs/mine study.arms.seeds=[0,1,2] study.arms.plans=[uniform,inverse]\n\n"
-    "Without a CONFIG, four plans on the embedded model. `settings study` prints its\n"
+    "Without a CONFIG, two plans on the embedded model. `settings study` prints its\n"
     "settings.",
     "study study.arms.seeds=[0] --dry-run",
     StudyConfig,

@@ -102,26 +102,30 @@ class Runner:
         return self._lab
 
     def prepare(self) -> None:
-        """All that the arms build on."""
+        """All that comes before the arms."""
+        self.lay_out()
+        self.probes()
+
+    def lay_out(self) -> None:
+        """What arms and probes build on: profiles, plans, the design."""
         self.planner.check()
         self.profiles()
         self.plans()
         for objective in self.config.study.profile.objectives:
             if cause := no_gradient(self.files.profile(objective)):
                 self._console.print(f"[yellow]warning:[/] {cause}", highlight=False, soft_wrap=True)
-        self.probes()
         if self.config.study.design is not None:
             write_design(self.config)
 
     def part(self) -> None:
-        """What `study.only` names. Its arms hold no lock but their own, so parts run side by side.
+        """What `study.only` names. Its runs hold no lock but their own, so parts run side by side.
 
         Raises:
-            ConfigError: a name that the study does not have, or arms before `prepare`.
+            ConfigError: a name that the study does not have, or runs before `prepare`.
         """
         study, only = RunDirectory(self.files.root), self.config.study.only
         arms = list_arms(self.config)
-        names = {"prepare", *(x for a in arms for x in (a.name, a.group, f"s{a.seed}"))}
+        names = {"prepare", "probes", *(x for a in arms for x in (a.name, a.group, f"s{a.seed}"))}
         for name in only:
             check_choice(name, sorted(names), "study.only")
         if "prepare" in only:
@@ -131,16 +135,21 @@ class Runner:
                     self.config, study=dataclasses.replace(self.config.study, only=())
                 )
                 atomic_write_text(study.config, dump_config(whole))
-                self.prepare()
+                self.lay_out()
         wanted = [i for i, a in enumerate(arms) if {a.name, a.group, f"s{a.seed}"} & set(only)]
         missing = [arms[i] for i in wanted if has_plan_file(arms[i])]
-        missing = [a for a in missing if not self.files.plan(plan_name(self.config, a)).is_file()]
-        if missing or (wanted and not study.config.is_file()):
+        plans = [plan_name(self.config, arm) for arm in missing]
+        if "probes" in only:
+            plans += [f"probe-{draw}" for draw in range(self.config.study.probe.runs)]
+        missing = [name for name in plans if not self.files.plan(name).is_file()]
+        if missing or (set(only) != {"prepare"} and not study.config.is_file()):
             raise ConfigError(
                 f"{study.root} is not prepared: run the same study with study.only=[prepare] first"
             )
         if wanted and self.config.study.design is not None:
             write_design(self.config)
+        if "probes" in only:
+            self.probes()
         for number in wanted:
             self._check_open(arms[number])
             self.arm(number)

@@ -215,8 +215,8 @@ class StudySettings:
     design: DesignConfig | None = None
     """A factorial in blocks, in place of `arms`."""
     only: tuple[str, ...] = ()
-    """Runs these parts and ends: `prepare` (profile, plans, probes), an arm's name or that of its
-    group, or s3 for every arm of seed or block 3. Parts may run side by side. Default: all."""
+    """Runs these parts and ends: `prepare` (profile, plans), and after it, side by side, `probes`,
+    an arm's name or that of its group, or s3 for every arm of seed or block 3. Default: all."""
 
     def __post_init__(self) -> None:
         require(

@@ -223,6 +223,15 @@ def test_probes_give_every_adapter_each_rank_level_in_turn(tmp_path):
     assert identity(probe_config(config, None, 0)) == identity(profile_config(config, "grpo"))
 
 
+def test_parts_are_named_and_come_after_what_they_build_on(tmp_path, capsys):
+    file = tmp_path / "study.yaml"
+    file.write_text(dump_config(make_config(tmp_path)))
+    assert main(["study", str(file), "study.only=[probes]"]) == 2
+    assert "run the same study with study.only=[prepare] first" in capsys.readouterr().err
+    assert main(["study", str(file), "study.only=[probe]"]) == 2
+    assert "did you mean 'probes'?" in capsys.readouterr().err
+
+
 def test_probes_without_ranks_that_differ_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"set study\.probe\.scale_rules=\[\]"):
         make_config(tmp_path, {"max_rank": 1}, rank=1)
