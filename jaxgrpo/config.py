@@ -9,7 +9,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 EMBEDDED = "embedded"
 """The `model.path` and `data.path` value that means: what ships with the package."""
@@ -130,6 +130,9 @@ class DataConfig:
     """null: none, or the chat template's own if it has one. No text is a prompt of nothing."""
     prompt_suffix: str = ""
     """Appended to every question before the chat template is applied."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is told besides the messages (enable_thinking, of Qwen3's); a name
+    that it does not read is refused. Default: what the template does by itself."""
     drop_rows_without_answer: bool = False
     """Rows whose gold answer holds nothing to compare with are dropped, counted and reported; they
     are refused otherwise."""

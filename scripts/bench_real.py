@@ -221,6 +221,7 @@ def run_trl(config: Config, root: Path, rows: int, *, vllm: bool) -> None:
         gradient_accumulation_steps=grpo.rows_per_step // rows,
         num_generations=grpo.group_size,
         max_completion_length=config.rollout.max_completion_tokens,
+        chat_template_kwargs=config.data.chat_template_kwargs or None,
         max_steps=config.steps,
         learning_rate=optim.learning_rate,
         lr_scheduler_type=optim.schedule,

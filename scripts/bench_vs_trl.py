@@ -147,29 +147,22 @@ def run_trl(config: BenchConfig, rows: int) -> dict[str, Any]:
 def torch_model(config: BenchConfig, device: str) -> Any:
     """The same shapes with random weights, in bfloat16 on a GPU."""
     import torch
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from jaxgrpo.bench.measure import bench_model
+    from jaxgrpo.mesh import ONE_CPU
+    from jaxgrpo.model.hf_config import config_fields
 
-    model = bench_model(config)
-    shapes = Qwen2Config(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads,
-        intermediate_size=model.intermediate_size,
+    shapes = AutoConfig.for_model(
+        **config_fields(bench_model(config, ONE_CPU)),
         max_position_embeddings=32768,
-        rope_theta=model.rope_theta,
-        tie_word_embeddings=model.tie_word_embeddings,
         pad_token_id=PAD,
         eos_token_id=STOP,
         bos_token_id=STOP,
     )
-    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
-        made = Qwen2ForCausalLM(shapes)
-    torch.set_default_dtype(torch.float32)
+        made = AutoModelForCausalLM.from_config(shapes, dtype=dtype)
     made.generation_config = GenerationConfig(
         eos_token_id=STOP, pad_token_id=PAD, bos_token_id=STOP
     )

@@ -9,16 +9,13 @@ For speed and memory measurements at full size where the trained weights are not
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from jaxgrpo.model.hf_config import config_fields
 from jaxgrpo.model.presets import PRESETS
 
 
@@ -40,18 +37,17 @@ def main() -> None:
     if hidden != preset.hidden_size and not preset.qk_norm:  # Qwen2's heads make up the hidden size
         heads = max(2, hidden // 64)
         head_dim = hidden // heads
-    config = (Qwen3Config if preset.qk_norm else Qwen2Config)(
-        vocab_size=preset.vocab_size,
+    shapes = dataclasses.replace(
+        preset,
         hidden_size=hidden,
         intermediate_size=args.mlp or preset.intermediate_size,
-        num_hidden_layers=args.layers or preset.num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=preset.num_kv_heads,
+        num_layers=args.layers or preset.num_layers,
+        num_heads=heads,
         head_dim=head_dim,
+    )
+    config = AutoConfig.for_model(
+        **config_fields(shapes),
         max_position_embeddings=32768,
-        rope_theta=preset.rope_theta,
-        rms_norm_eps=preset.rms_norm_eps,
-        tie_word_embeddings=preset.tie_word_embeddings,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

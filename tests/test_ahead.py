@@ -1,6 +1,7 @@
 """Ahead of time: counts of compiled programs, topologies, what fits, and the slices in tpu/."""
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import Qwen3Config
 
 from jaxgrpo.ahead.chips import CHIPS, Topology, parse_topology, slice_shapes
 from jaxgrpo.ahead.devices import shapes_of
@@ -25,6 +25,7 @@ from jaxgrpo.iteration import shard_batch
 from jaxgrpo.mesh import Device, device_of, make_mesh, sharding
 from jaxgrpo.model.api import Qwen2Config, base_logical_axes, bin_logprobs, init_base
 from jaxgrpo.model.bins import take_bin
+from jaxgrpo.model.hf_config import config_fields
 from jaxgrpo.model.presets import PRESETS
 from jaxgrpo.rollout import engine
 from jaxgrpo.run import EMBEDDED_CONFIG, main
@@ -414,16 +415,8 @@ def test_a_published_size_is_known_by_its_name(name):
 def test_a_slice_of_qwen3_compiles(tmp_path, capsys):
     """Two of the 28 layers, on the mesh that the 0.5B trains on."""
     pytest.importorskip("libtpu")
-    Qwen3Config(
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=2,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-        architectures=["Qwen3ForCausalLM"],
-    ).save_pretrained(tmp_path)
+    shapes = dataclasses.replace(PRESETS["qwen3-0.6b"], num_layers=2)
+    (tmp_path / "config.json").write_text(json.dumps(config_fields(shapes)))
     path = ROOT / "tpu" / "v5e-8_0.5b.yaml"
     words = [f"model.path={tmp_path}", "--topology", topology_of(path), "--quick"]
     assert main(["check", str(path), *words]) == 0

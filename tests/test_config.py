@@ -18,6 +18,7 @@ from jaxgrpo.config_files import (
     merge,
     parse_override,
 )
+from jaxgrpo.identity import first_difference, identity
 
 KEYS = re.findall(
     r"\S+",
@@ -29,6 +30,7 @@ lora.rank lora.plan lora.adapter lora.max_rank lora.rank_budget lora.alpha lora.
 lora.target_modules
 data.path data.name data.revision data.train_split data.eval_split data.prompt_column
 data.answer_column data.system_prompt data.prompt_suffix data.drop_rows_without_answer
+data.chat_template_kwargs
 data.max_prompt_tokens data.prompt_bucket_tokens data.embedded_problems data.dev_problems
 rollout.max_completion_tokens rollout.temperature rollout.top_k rollout.top_p rollout.min_p
 rollout.stop_token_ids rollout.stop_strings
@@ -164,6 +166,20 @@ TEXTS = [
     ),
     *("word " * 60, "a\n" * 5, "\ud800", "a #b", "#", "|", ">-", "null ", "<<", "=", "\ufeff"),
 ]
+
+
+def test_a_chat_template_is_told_by_name_and_the_last_word_counts(tmp_path):
+    file = write(
+        tmp_path / "a.yaml", "data: {chat_template_kwargs: {enable_thinking: true, depth: 2}}"
+    )
+    word = "data.chat_template_kwargs.enable_thinking=false"
+    config = load_config([file], [word])
+    assert config.data.chat_template_kwargs == {"enable_thinking": False, "depth": 2}
+    assert load_config([write(tmp_path / "b.yaml", dump_config(config))]) == config
+    difference = first_difference(identity(load_config([file])), identity(config))
+    assert difference == "data.chat_template_kwargs.enable_thinking was True, is False"
+    with pytest.raises(ConfigError, match=r"data\.chat_template_kwargs must be a mapping, got 3"):
+        load_config([], ["data.chat_template_kwargs=3"])
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -92,6 +92,29 @@ def qwen2_config(raw: Mapping[str, Any], dtype: str, where: str) -> Qwen2Config:
     return config
 
 
+def config_fields(config: Qwen2Config) -> dict[str, Any]:
+    """The config.json that `qwen2_config` reads as this model, and transformers as well."""
+    kind = next(
+        name
+        for name, family in FAMILIES.items()
+        if (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm)
+    )
+    return {
+        "model_type": kind,
+        "architectures": [FAMILIES[kind].architecture],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
 def _head_dim(
     raw: Mapping[str, Any], family: Family, hidden_size: int, heads: int, where: str
 ) -> Any:

@@ -66,6 +66,7 @@ def _prompt(config: StudyConfig) -> str:
         for name, text in (
             ("system", config.data.system_prompt),
             ("suffix", config.data.prompt_suffix),
+            ("told", config.data.chat_template_kwargs),
         )
         if text
     ]

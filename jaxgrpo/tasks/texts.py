@@ -6,6 +6,7 @@ completion's text is what the policy sampled, without what ended it.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from jaxgrpo.config import ConfigError, DataConfig
@@ -69,34 +71,42 @@ def _check_chat_template(directory: Path) -> None:
             )
 
 
+ANSWER = "0123456789"
+"""An answer to find again in what a chat template makes of it."""
+
+
 def turn_marks(tokenizer: Any) -> tuple[str, ...]:
-    """What makes turns, as text: tokens that the chat template writes, begin, end and padding."""
+    """What makes turns, as text: tokens that the chat template writes, begin, end and padding.
+
+    What it writes between a prompt and its answer is the answer's and makes no turn: `<think>`.
+    """
     named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-    written = _render_turns(tokenizer, ("0", "1")) or ""
+    prompt = _render_turns(tokenizer, "x") or ""
+    written = _render_turns(tokenizer, "x", ANSWER) or ""
+    if written.startswith(prompt) and ANSWER in written:
+        written = prompt + written[written.rindex(ANSWER) :]
     found = {mark for mark in tokenizer.get_added_vocab() if mark in written and mark.strip()}
     return tuple(sorted(found | {mark for mark in named if mark}, key=len, reverse=True))
 
 
 def end_of_turn_id(tokenizer: Any) -> int | None:
     """The token that the chat template ends the assistant's turn with, if it ends it with one."""
-    answer = "0123456789"
-    rendered = _render_turns(tokenizer, ("x", answer))
-    if rendered is None or answer not in rendered:
+    rendered = _render_turns(tokenizer, "x", ANSWER)
+    if rendered is None or ANSWER not in rendered:
         return None
-    rest = rendered[rendered.rindex(answer) + len(answer) :].lstrip()
+    rest = rendered[rendered.rindex(ANSWER) + len(ANSWER) :].lstrip()
     added = tokenizer.get_added_vocab()
     marks = [mark for mark in added if mark.strip() and rest.startswith(mark)]
     return added[max(marks, key=len)] if marks else None
 
 
-def _render_turns(tokenizer: Any, turns: tuple[str, str]) -> str | None:
-    """A question and an answer through the chat template, or None if it knows no answers."""
-    messages = [
-        {"role": role, "content": text}
-        for role, text in zip(("user", "assistant"), turns, strict=True)
-    ]
+def _render_turns(tokenizer: Any, *turns: str) -> str | None:
+    """A question, as a prompt, or with its answer through the chat template; None if it fails."""
+    roles = ("user", "assistant")[: len(turns)]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+    ends = len(turns) == 1
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ends)
     except Exception:  # a template is a program: it raises what it likes
         return None
 
@@ -107,9 +117,30 @@ def render_prompt(question: str, tokenizer: Any, config: DataConfig) -> str:
     if config.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": config.system_prompt})
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **config.chat_template_kwargs
+        )
     except Exception as error:  # a template is a program: it raises what it likes
         raise ConfigError(f"the chat template does not render: {error!r}") from None
+
+
+def _check_template_kwargs(tokenizer: Any, config: DataConfig) -> None:
+    """Jinja takes any name and says nothing of one that no template reads."""
+    if not config.chat_template_kwargs:
+        return
+    try:
+        # Its words alone: a template may have blocks that only transformers can parse.
+        words = jinja2.Environment().lex(tokenizer.get_chat_template())
+        names = sorted({word for _, kind, word in words if kind == "name"})
+    except (jinja2.TemplateError, ValueError) as error:
+        raise ConfigError(f"the chat template does not render: {error!r}") from None
+    for name in config.chat_template_kwargs:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"data.chat_template_kwargs: the model's chat template does not read {name!r}{hint}"
+            )
 
 
 def tokenize_prompts(
@@ -119,7 +150,11 @@ def tokenize_prompts(
 
     A turn mark inside a question is encoded as the characters it consists of. The system prompt and
     the suffix are the user's own words and encoded as the tokenizer does.
+
+    Raises:
+        ConfigError: the chat template does not render, or does not read what it is told.
     """
+    _check_template_kwargs(tokenizer, config)
     marks = turn_marks(tokenizer)
     texts, cuts = [], []
     for question in questions:

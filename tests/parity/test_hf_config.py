@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from jaxgrpo.config import ConfigError
 from jaxgrpo.model.api import hidden_states, logits
+from jaxgrpo.model.hf_config import config_fields, qwen2_config
+from jaxgrpo.model.presets import PRESETS
 from jaxgrpo.model.weights import load_model, read_eos_token_ids, read_qwen2_config
 from tests.hf_models import make_hf_model
 
@@ -207,6 +209,18 @@ def test_the_size_of_a_head_is_transformers_own_where_none_is_named(qwen3_dir):
     edit(qwen3_dir / "config.json", {"head_dim": DROP})
     theirs = AutoConfig.from_pretrained(qwen3_dir).head_dim
     assert read_qwen2_config(qwen3_dir, "float32").head_dim == theirs == 128
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_published_shapes_are_transformers_of_the_same_fields(name):
+    """Read back from either, and as many parameters, counted without making any."""
+    preset, fields = PRESETS[name], config_fields(PRESETS[name])
+    theirs = AutoConfig.for_model(**fields)
+    for raw in (fields, theirs.to_dict()):
+        assert qwen2_config(raw, preset.dtype, name) == preset
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(theirs)
+    assert sum(p.numel() for p in model.parameters()) == preset.num_parameters
 
 
 def test_as_many_kv_heads_as_queries_where_the_key_is_empty(model_dir):

@@ -452,3 +452,12 @@ def test_combine_rewards_refuses_counts_that_differ():
         rewards.combine_rewards({"a": constant(1.0)}, [1.0, 2.0], ["x"], ["1"])
     with pytest.raises(ValueError, match="1 completions but 2 answers"):
         rewards.combine_rewards({"a": constant(1.0)}, [1.0], ["x"], ["1", "2"])
+
+
+def test_thoughts_are_text_like_any_other():
+    """docs/own_tasks.md on `<think>`: read where an answer is marked, and no structure."""
+    asked = "<think>\n#### 5? No.\n</think>\n\n"
+    texts = [f"{asked}#### 18", "<think>\nSo #### 18", f"{asked}<reasoning>r</reasoning>"]
+    texts[2] += "<answer>18</answer>"
+    assert rewards.gsm8k_answer_reward(texts, ["18"] * 3) == [1.0, 1.0, 1.0]
+    assert rewards.format_reward(texts, ["18"] * 3) == [0.0, 0.0, 0.0]

@@ -174,6 +174,73 @@ def test_the_prompt_holds_the_system_prompt_and_the_suffix(tokenizer):
     assert "system" not in render_prompt("1+1?", tokenizer, DataConfig())
 
 
+THINKING = """\
+{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{{- m.content + '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}
+{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
+"""A chat template that is told whether to think, as Qwen3's is."""
+
+
+@pytest.fixture
+def thinking():
+    tokenizer = load_tokenizer(EMBEDDED_DIR)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = THINKING
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("told", "end"),
+    [
+        ({}, "<|im_start|>assistant\n"),
+        ({"enable_thinking": True}, "<|im_start|>assistant\n"),
+        ({"enable_thinking": False}, "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    ],
+)
+def test_the_template_is_told_whether_to_think_or_does_as_it_does(thinking, told, end):
+    config = DataConfig(chat_template_kwargs=told)
+    ids, text = ids_of(PromptSource([Problem("1+1?", "2", 0)], thinking, config))
+    assert text == f"<|im_start|>user\n1+1?<|im_end|>\n{end}"
+    assert ids == thinking(text, add_special_tokens=False)["input_ids"]
+    assert ids.count(thinking.convert_tokens_to_ids("<think>")) == end.count("<think>")
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "message"),
+    [
+        (THINKING, "enable_thinkin", "does not read 'enable_thinkin'; did you mean 'enable_think"),
+        (THINKING, "zzz", "does not read 'zzz'$"),
+        (None, "enable_thinking", "chat template does not read 'enable_thinking'"),
+        (THINKING, "add_generation_prompt", "does not render"),
+        ("{{ messages", "messages", "does not render"),
+        ("{{ 'messages }}", "messages", "does not render"),
+    ],
+)
+def test_what_no_template_reads_is_refused_by_name(tokenizer, template, name, message):
+    changed = load_tokenizer(EMBEDDED_DIR)
+    changed.chat_template = template or tokenizer.chat_template
+    config = DataConfig(chat_template_kwargs={name: False})
+    with pytest.raises(ConfigError, match=message) as caught:
+        PromptSource([Problem("1+1?", "2", 0)], changed, config)
+    assert "\n" not in str(caught.value)
+
+
+def test_tags_of_thinking_make_no_turns(thinking):
+    """What the template writes before an answer is the answer's: a gold may hold it, as tokens, and
+    a reward sees it. What ends a turn stays text."""
+    assert not {"<think>", "</think>"} & set(turn_marks(thinking))
+    assert {START, END} <= set(turn_marks(thinking)) and end_of_turn_id(thinking) == 2
+    text = f"<think>\n2 and 2{END}\n</think>\n\n#### 4"
+    gold = gold_completions(thinking, [text], 80)
+    ids = gold.tokens[0, : gold.lengths[0]].tolist()
+    found = [ids.count(thinking.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>")]
+    assert found == [1, 1] and ids.count(2) == 1
+    assert completion_texts(thinking, gold, ()) == [text]
+
+
 def test_golds_are_cut_at_the_width(tokenizer):
     gold = gold_completions(tokenizer, ["#### 12", " is" * 40], 8)
     assert gold.finish_reasons.tolist() == [FINISH_STOP_TOKEN, FINISH_LENGTH]
