@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,7 @@ def arm_result(
         "learning_rates": [arm.rate * config.optim.learning_rate for arm in arms],
         "measures": measures(runs, config.steps, config) if done else [],
         "reward_last_quarter": _last_quarter(metrics, "reward") if done else [],
+        "reward_difference": None,
         "kl_last_quarter": _last_quarter(metrics, "kl") if done else [],
         "gradient_clipped": [
             float(np.mean([r["grad_norm"] > longest for r in run]))
@@ -104,6 +105,26 @@ def _last_quarter(runs: list[list[dict]], name: str) -> list[float]:
     return [float(np.mean([r[name] for r in run[-max(1, len(run) // 4) :]])) for run in runs]
 
 
+def compare_rewards(arms: Sequence[ArmResult]) -> None:
+    """Fills in each arm's reward_difference."""
+    rewards = [arm["reward_last_quarter"] for arm in arms]
+    measured = [place for place, values in enumerate(rewards) if values]
+    if len(measured) < 2 or len({len(rewards[place]) for place in measured}) > 1:
+        return
+    layout = RunLayout(np.array([rewards[place] for place in measured])[:, :, None])
+    if layout.residual is None:
+        return
+    for row, place in enumerate(measured[1:], start=1):
+        weights = np.zeros(len(measured))
+        weights[[0, row]] = -1.0, 1.0
+        found = layout.contrast(weights.tolist()).interval()
+        arms[place]["reward_difference"] = {
+            "value": found.value,
+            "low": found.low,
+            "high": found.high,
+        }
+
+
 def cut_results(
     config: StudyConfig, files: StudyFiles, groups: Mapping[str, list[Arm]]
 ) -> list[CutResult]:
@@ -124,6 +145,7 @@ def cut_results(
             found.append(
                 {
                     "name": f"{arm_label(arms[0], config)}, {share:.4g} of its {criterion}",
+                    "arm": arm_label(arms[0], config),
                     "criterion": criterion,
                     "share": share,
                     "accuracy": after.tolist(),

@@ -105,6 +105,9 @@ class ArmResult(TypedDict):
     measures: list[Measure]
     reward_last_quarter: list[float]
     """Mean training reward over the last quarter of the steps, per seed."""
+    reward_difference: Range | None
+    """Its mean less the first arm's, the run being the unit; null for that one, and with one seed.
+    """
     kl_last_quarter: list[float]
     """KL to the base model there, where it was measured."""
     gradient_clipped: list[float]
@@ -134,6 +137,8 @@ class CutResult(TypedDict):
     """
 
     name: str
+    arm: str
+    """The uncut one, as in ArmResult.name."""
     criterion: str
     share: float
     accuracy: list[float]
@@ -324,6 +329,8 @@ class Results(TypedDict):
     title: str
     question: str
     verdict: list[str]
+    convergence: str
+    """Whether the reward had stopped rising when training ended; empty where too short to tell."""
     settings: dict[str, str]
     """Name -> value, in the order to print: model, data, items and their split, prompt, decoding,
     rewards and weights, loss, KL, clipping, learning rates, budget, scale rule, seeds."""

@@ -9,7 +9,13 @@ import numpy as np
 
 from jaxgrpo.stats import RunLayout
 from jaxgrpo.study.amplification import Probes, amplification_verdict, spread
-from jaxgrpo.study.arm_results import accuracy_of, arm_result, cut_results, read_json
+from jaxgrpo.study.arm_results import (
+    accuracy_of,
+    arm_result,
+    compare_rewards,
+    cut_results,
+    read_json,
+)
 from jaxgrpo.study.comparisons import Compared, compare, detectable, planned_contrasts
 from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, arm_label, list_arms
 from jaxgrpo.study.design import CELLS
@@ -32,7 +38,14 @@ from jaxgrpo.study.result_types import (
 )
 from jaxgrpo.study.sections import DYNAMIC
 from jaxgrpo.study.settings import study_settings
-from jaxgrpo.study.verdict import after_a_look, design_verdict, how_sure, question, verdict
+from jaxgrpo.study.verdict import (
+    after_a_look,
+    convergence,
+    design_verdict,
+    how_sure,
+    question,
+    verdict,
+)
 
 VIEWS = ("l2", "weight", "rank_free", "rms")
 
@@ -56,6 +69,7 @@ def collect_results(config: StudyConfig) -> Results:
         arm_result(files, runs, accuracy_of(group, answers, layout), about.get(group), config)
         for group, runs in groups.items()
     ]
+    compare_rewards(arms)
     profiles = [
         profile
         for objective in config.study.profile.objectives
@@ -77,6 +91,7 @@ def collect_results(config: StudyConfig) -> Results:
         "title": config.study.title,
         "question": question(config),
         "verdict": said,
+        "convergence": convergence(arms),
         "settings": study_settings(config, files),
         "versions": _versions(files, config),
         "base": _base(config, files),

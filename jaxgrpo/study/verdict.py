@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from jaxgrpo.study.config import StudyConfig
 from jaxgrpo.study.result_types import (
@@ -102,6 +105,39 @@ def after_a_look(later: Later | None) -> list[str]:
             f"Left out here, though an earlier report had them: {', '.join(later['left_out'])}."
         )
     return sentences
+
+
+def convergence(arms: Sequence[ArmResult]) -> str:
+    """Whether the reward had stopped rising when training ended, in a sentence.
+
+    The last quarter of the steps against the quarter before, steps taken as independent.
+    """
+    rises = []
+    for arm in arms:
+        values = np.array(arm["reward"].get("mean", []), float)
+        quarter = len(values) // 4
+        if quarter >= 2 and np.isfinite(values[-2 * quarter :]).all():
+            before, last = values[-2 * quarter : -quarter], values[-quarter:]
+            error = math.sqrt((last.var(ddof=1) + before.var(ddof=1)) / quarter)
+            rises.append((float(last.mean() - before.mean()), error))
+    if not rises:
+        return ""
+    rising = sum(gain > 2 * error for gain, error in rises)
+    gains = [gain for gain, _ in rises]
+    change = f"{min(gains):+.3f} to {max(gains):+.3f}"
+    basis = (
+        f"(last quarter of the steps less the quarter before: {change} over {len(rises)} arms; "
+        "counted as a rise above two standard errors over steps)"
+    )
+    if not rising:
+        unseen = f"{max(2 * error for _, error in rises):.3f}"
+        return (
+            f"No arm's reward is seen to rise at the end {basis}; below {unseen} it would not be."
+        )
+    return (
+        f"Training has not converged: the reward still rises in {rising} of {len(rises)} arms "
+        f"{basis}. Arms are compared by how fast they learn, not by where they would end."
+    )
 
 
 def how_sure(residual: Residual | None, detectable: Detectable | None) -> list[str]:

@@ -23,15 +23,17 @@ from jaxgrpo.study.design import CELLS
 from jaxgrpo.study.importance import importance
 from jaxgrpo.study.report import facts, write_report
 from jaxgrpo.study.report.interval_charts import accuracy_chart
-from jaxgrpo.study.report.panel_charts import heat_maps, reward_chart, share_chart
+from jaxgrpo.study.report.panel_charts import cut_chart, heat_maps, reward_chart, share_chart
 from jaxgrpo.study.results import collect_results
 from jaxgrpo.study.slopes import MECHANICAL_SLOPES
+from jaxgrpo.study.verdict import convergence
 from tests.study.browser import Browser, find_browser
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FIGURES = {
     "accuracy",
     "differences",
+    "cuts",
     "slopes",
     "phases",
     "heat-maps",
@@ -76,6 +78,7 @@ def measured(arm, rng, layers, steps):
     numbers |= {"per_seed": per_seed, "n_items": 1319, "speed": 1.57}
     numbers |= {"measures": [{"decoding": d, "answer": a} | measure for d, a in kinds]}
     numbers |= {"reward_last_quarter": (0.77 + rng.normal(0, 0.01, seeds)).tolist()}
+    numbers |= {"reward_difference": {"value": 0.012, "low": -0.0034, "high": 0.0274}}
     numbers |= {"kl_last_quarter": [0.0123] * seeds, "gradient_clipped": [0.25] * seeds}
     numbers |= {"trainable_parameters": 36_929_536, "total_rank": int(7 * sum(ranks))}
     numbers |= {"rank_min": int(min(ranks)), "rank_max": int(max(ranks)), "layer_ranks": ranks}
@@ -111,6 +114,19 @@ def make_probe(rng, rule, view):
     return found | ends | {"parts": parts, "words": words}
 
 
+def make_cuts(arm):
+    """Four cuts of the uniform arm, the deeper the worse."""
+    amounts = [("energy", 0.9), ("energy", 0.95), ("energy", 0.99), ("parameters", 0.25)]
+    cuts = []
+    for criterion, share in amounts:
+        difference = (np.array([-0.03, -0.011, -0.02]) * 10 * (1 - share)).tolist()
+        found = {"name": f"uniform, {share:g} of its {criterion}", "arm": "uniform"}
+        found |= {"criterion": criterion, "share": share, "difference": difference}
+        found |= {"accuracy": np.add(arm["per_seed"], difference).tolist()}
+        cuts.append(found | {"parameters": [9_232_384, 9_100_000, 9_012_345]})
+    return cuts
+
+
 def make_results(plans=PLANS[:4], rules=("constant",), layers=28, steps=60, profile_steps=30):
     """Everything measured; what a study is called and set to comes from `collect_results`."""
     rng = np.random.default_rng(0)
@@ -129,6 +145,8 @@ def make_results(plans=PLANS[:4], rules=("constant",), layers=28, steps=60, prof
         "versions": {"jaxgrpo": "0.1.0", "jax": "0.10.2", "device": "cpu x1"},
         "base": {"accuracy": 0.612, "low": 0.585, "high": 0.638, "n": 1319},
         "arms": arms,
+        "convergence": convergence(arms),
+        "cuts": make_cuts(arms[0]),
         "contrasts": [arm["versus"] for arm in arms if arm["versus"]],
         "residual": {"sd": 0.0093, "df": 6, "low": 0.006, "high": 0.0205},
         "detectable": {"value": 0.0263, "low": 0.017, "high": 0.058},
@@ -175,7 +193,7 @@ def make_factorial():
         ],
     }
     nothing = ("profiles", "amplification", "amplification_verdict", "spread", "allocations")
-    made |= {name: [] for name in nothing}
+    made |= {name: [] for name in (*nothing, "cuts")}
     return made | {"contrasts": contrasts, "design": design}
 
 
@@ -322,6 +340,22 @@ def test_a_factorial_shows_its_design(report):
     assert "The factorial design" not in report("plans").words
 
 
+def test_cuts_are_drawn_and_listed_beside_the_uncut_adapter(report):
+    """Accuracy by what is kept; the uncut adapter at 100 %."""
+    found = report("plans")
+    wanted = ["Cut after training", "uniform, 0.9 of its energy", "9,114,910", "PARA"]
+    for cut in found.results["cuts"]:
+        wanted += [facts.percent(float(np.mean(cut["accuracy"])))]
+        wanted += [", ".join(map(facts.points, cut["difference"]))]
+    assert not missing(found, wanted)
+    for axes, kept in zip(cut_chart(found.results, False).axes, ([90, 95, 99], [25]), strict=True):
+        line = axes.lines[0]
+        np.testing.assert_allclose(line.get_xdata(), [*kept, 100])
+        uncut = found.results["arms"][0]["accuracy"]
+        assert line.get_ydata()[-1] == pytest.approx(100 * uncut)
+    assert "Cut after training" not in report("factorial").words
+
+
 @pytest.mark.parametrize(
     ("rise", "said"), [(0.5, "has not converged"), (0.0, "is seen to rise at the end")]
 )
@@ -330,7 +364,7 @@ def test_convergence_is_judged_by_the_last_half_of_the_rewards(rise, said):
     noise = np.random.default_rng(0).normal(0, 0.01, 40)
     for arm in results["arms"]:
         arm["reward"]["mean"] = (0.5 + rise * np.arange(40) / 40 + noise).tolist()
-    assert said in facts.convergence(results)
+    assert said in convergence(results["arms"])
 
 
 # ---- what is drawn

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from typing import TypeGuard
 
-import numpy as np
-
 from jaxgrpo.study.result_types import Allocation, Results
 
 NOT_MEASURED = "not measured"
@@ -131,36 +129,3 @@ def key_figures(results: Results) -> list[tuple[str, str]]:
         figures.append(("margin", f"±{100 * one['margin']:g} points"))
     done = sum(arm["accuracy"] is not None for arm in results["arms"])
     return [*figures, ("finished", f"{done} of {len(results['arms'])} arms")]
-
-
-def convergence(results: Results) -> str:
-    """Whether the reward had stopped rising when training ended, in a sentence.
-
-    The last quarter of the steps against the quarter before, steps taken as independent.
-    """
-    rises = []
-    for arm in results["arms"]:
-        values = np.array(arm["reward"].get("mean", []), float)
-        quarter = len(values) // 4
-        if quarter >= 2 and np.isfinite(values[-2 * quarter :]).all():
-            before, last = values[-2 * quarter : -quarter], values[-quarter:]
-            error = math.sqrt((last.var(ddof=1) + before.var(ddof=1)) / quarter)
-            rises.append((float(last.mean() - before.mean()), error))
-    if not rises:
-        return ""
-    rising = sum(gain > 2 * error for gain, error in rises)
-    gains = [gain for gain, _ in rises]
-    change = f"{signed(min(gains), 3)} to {signed(max(gains), 3)}"
-    basis = (
-        f"(last quarter of the steps less the quarter before: {change} over {len(rises)} arms; "
-        "counted as a rise above two standard errors over steps)"
-    )
-    if not rising:
-        unseen = decimal(max(2 * error for _, error in rises), 3)
-        return (
-            f"No arm's reward is seen to rise at the end {basis}; below {unseen} it would not be."
-        )
-    return (
-        f"Training has not converged: the reward still rises in {rising} of {len(rises)} arms "
-        f"{basis}. Arms are compared by how fast they learn, not by where they would end."
-    )

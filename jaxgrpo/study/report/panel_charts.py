@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import numpy as np
@@ -104,6 +105,32 @@ def phase_chart(results: Results, narrow: bool) -> Figure | None:
                 axes.plot(x, [p["slope"] for p in parts], marker, color=colour, label=name)
         axes.set_xticks(range(3), PHASES)
         axes.set_xlim(-0.5, 2.5)
+    legend(figure, narrow)
+    return figure
+
+
+def cut_chart(results: Results, narrow: bool) -> Figure | None:
+    """A panel per criterion: accuracy by the share that a cut keeps, a line per uniform arm."""
+    kinds = facts.in_order((cut["criterion"] for cut in results["cuts"]), ("energy", "parameters"))
+    if not kinds:
+        return None
+    shape = (len(kinds), 1) if narrow else (1, len(kinds))
+    figure = canvas.new_figure(narrow, 190 * shape[0] + 80)
+    every = figure.subplots(*shape, sharey=True, squeeze=False).ravel()
+    figure.supylabel("held-out accuracy, %", color=SOFT)
+    names = facts.in_order((cut["arm"] for cut in results["cuts"]), ())
+    for axes, kind in zip(every, kinds, strict=True):
+        axes.set_xlabel(f"{kind} kept, %")
+        for name, colour in zip(names, itertools.cycle((C1, C2, C3))):
+            mine = [c for c in results["cuts"] if (c["criterion"], c["arm"]) == (kind, name)]
+            if not mine:
+                continue
+            mine.sort(key=lambda cut: cut["share"])
+            right = [np.array(cut["accuracy"]) for cut in mine]
+            right += [np.subtract(cut["accuracy"], cut["difference"]) for cut in mine[:1]]
+            kept = 100 * np.array([cut["share"] for cut in mine] + [1.0])
+            axes.plot(kept, 100 * np.mean(right, axis=1), "o-", color=colour, label=name)
+            axes.plot(kept, 100 * np.array(right), "_", color=colour, alpha=0.6)
     legend(figure, narrow)
     return figure
 

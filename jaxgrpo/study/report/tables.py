@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from jaxgrpo.stats import RunLayout
 from jaxgrpo.study.report import facts
 from jaxgrpo.study.report.document import Table
 from jaxgrpo.study.report.facts import NONE, decimal, mean, percent, points, signed, span
-from jaxgrpo.study.result_types import Contrast, DesignResult, Results
+from jaxgrpo.study.result_types import Contrast, DesignResult, Range, Results
 
 _ESTIMATE = ("points", "interval", "its level", "df", "p")
 
@@ -165,7 +162,6 @@ def allocation_table(results: Results) -> Table:
 def training_table(results: Results) -> Table:
     headings = ("arm", "reward, last quarter", "less the first arm's, 95 % interval", "KL to base")
     headings += ("drift", "steps clipped", "learning rate", "speed", "seeds", "time, s", "tokens/s")
-    against = _reward_differences(results)
     rows = []
     for arm in results["arms"]:
         clipped = percent(mean(arm["gradient_clipped"]), NONE)
@@ -176,28 +172,26 @@ def training_table(results: Results) -> Table:
             facts.count(arm["tokens_per_s"]),
         )
         reward = decimal(mean(arm["reward_last_quarter"]), 3)
-        found = (reward, against.get(arm["name"], NONE), facts.small(mean(arm["kl_last_quarter"])))
+        less = arm["reward_difference"]
+        against = f"{signed(less['value'], 3)} ({_ends(less)})" if less else NONE
+        found = (reward, against, facts.small(mean(arm["kl_last_quarter"])))
         drift = facts.small(mean(arm["drift"].get("mean", [])))
         rows.append((arm["name"], *found, drift, clipped, rates, decimal(arm["speed"]), *cost))
     return Table("Training per arm", headings, rows)
 
 
-def _reward_differences(results: Results) -> dict[str, str]:
-    """Arm -> last quarter's reward less the first arm's, the run being the unit."""
-    arms = [arm for arm in results["arms"] if arm["reward_last_quarter"]]
-    if len(arms) < 2 or len({len(arm["reward_last_quarter"]) for arm in arms}) > 1:
-        return {}
-    layout = RunLayout(np.array([arm["reward_last_quarter"] for arm in arms])[:, :, None])
-    if layout.residual is None:
-        return {}
-    found = {}
-    for place, arm in enumerate(arms[1:], start=1):
-        weights = np.zeros(len(arms))
-        weights[[0, place]] = -1.0, 1.0
-        difference = layout.contrast(weights.tolist()).interval()
-        ends = span(difference.low, difference.high, lambda end: signed(end, 3))
-        found[arm["name"]] = f"{signed(difference.value, 3)} ({ends})"
-    return found
+def _ends(found: Range) -> str:
+    return span(found["low"], found["high"], lambda end: signed(end, 3))
+
+
+def cut_table(results: Results) -> Table:
+    headings = ("what is left", "parameters", "accuracy", "less the uncut's, points", "by seed")
+    rows = []
+    for cut in results["cuts"]:
+        means = (facts.count(mean(cut["parameters"])), percent(mean(cut["accuracy"])))
+        by_seed = ", ".join(map(points, cut["difference"]))
+        rows.append((cut["name"], *means, points(mean(cut["difference"])), by_seed))
+    return Table("Cut after training, means over seeds", headings, rows)
 
 
 def paper_table(results: Results) -> Table:
