@@ -87,6 +87,16 @@ def train_batch(
     return TrainBatch(**arrays, trained=trained[order], packing=packing)  # type: ignore[arg-type]
 
 
+def random_batch(rows: Rows, **options: Any) -> TrainBatch:
+    """`train_batch` of random advantages and sampler log-probs, unless `options` say other ones."""
+    rng = np.random.default_rng(1)
+    given = {
+        "advantages": rng.normal(size=len(rows.lengths)).astype(np.float32),
+        "sampler_logprobs": -rng.exponential(3.0, rows.mask.shape).astype(np.float32) * rows.mask,
+    }
+    return train_batch(rows, **(given | options))
+
+
 def on_device(batch: TrainBatch) -> TrainBatch:
     return jax.tree.map(jnp.asarray, batch)
 

@@ -26,7 +26,7 @@ from jaxgrpo.model.attention import causal_attention
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.types import Adapters
 from tests.gradients import assert_gradients_close
-from tests.rows import completion_logprobs, on_device, random_rows, train_batch
+from tests.rows import completion_logprobs, on_device, random_batch, random_rows
 
 CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8)
 # As Qwen3 has it: heads that are more than the hidden size, and norms of their own.
@@ -63,13 +63,8 @@ ROWS = random_rows(np.random.default_rng(0), 61, PROMPTS, GROUP, SLOTS, WIDTH)
 MASK = ROWS.mask
 
 
-def make_batch(micro_batches=2, shards=1, **options):
-    rng = np.random.default_rng(1)
-    given = {
-        "advantages": rng.normal(size=len(MASK)).astype(np.float32),
-        "sampler_logprobs": -rng.exponential(3.0, MASK.shape).astype(np.float32) * MASK,
-    }
-    return train_batch(ROWS, micro_batches=micro_batches, shards=shards, **(given | options))
+def make_batch(micro_batches=2, **options):
+    return random_batch(ROWS, micro_batches=micro_batches, **options)
 
 
 GRPO = GrpoConfig(prompts_per_step=PROMPTS, group_size=GROUP, logprob_chunk_tokens=16)

@@ -37,7 +37,7 @@ from jaxgrpo.model.api import (
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.types import Adapters, Rollout, TrainBatch
 from tests.compiled import compilations
-from tests.rows import Rows, completion_logprobs, make_rows, on_device, random_rows, train_batch
+from tests.rows import Rows, completion_logprobs, make_rows, on_device, random_batch, random_rows
 
 MODEL = Qwen2Config(
     vocab_size=32,
@@ -80,14 +80,8 @@ def some_rows() -> Rows:
 
 
 def make_batch(**options: Any) -> TrainBatch:
-    """The rows with random advantages, packed: by default into one bin."""
-    rows = some_rows()
-    rng = np.random.default_rng(1)
-    given = {
-        "advantages": rng.normal(size=len(rows.lengths)).astype(np.float32),
-        "sampler_logprobs": -rng.exponential(3.0, rows.mask.shape).astype(np.float32) * rows.mask,
-    }
-    return on_device(train_batch(rows, **(given | options)))
+    """The rows packed, by default into one bin."""
+    return on_device(random_batch(some_rows(), **options))
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,8 @@ SMALL = [
     "rollout.max_completion_tokens=32",
     "eval.problems=8",
     "eval.batch_prompts=8",
-    "optim.learning_rate=0.01",
-    "steps=2",
 ]
+"""A run of the embedded model, made small."""
 
 
 def example(name):
@@ -31,7 +30,7 @@ def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("commands")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        assert main([*example("train"), *SMALL]) == 0
+        assert main([*example("train"), *SMALL, "optim.learning_rate=0.01", "steps=2"]) == 0
     return path
 
 

@@ -12,17 +12,9 @@ from jaxgrpo.model.weights import EMBEDDED_DIR
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import main
 from jaxgrpo.tasks.problems import make_problems
+from tests.e2e.conftest import SMALL
 
-SMALL = [
-    "grpo.prompts_per_step=8",
-    "grpo.group_size=4",
-    "grpo.micro_batches=1",
-    "lora.rank=4",
-    "rollout.max_completion_tokens=32",
-    "eval.problems=8",
-    "eval.batch_prompts=8",
-    "steps=2",
-]
+RUN = [*SMALL, "lora.rank=4", "steps=2"]
 
 
 def write_rows(path, start):
@@ -35,7 +27,7 @@ def done(tmp_path_factory):
     """A finished run on a data file of its own, at a learning rate of 0: nothing moves."""
     root = tmp_path_factory.mktemp("provenance")
     write_rows(root / "rows.jsonl", 0)
-    words = [*SMALL, f"data.path={root / 'rows.jsonl'}", "optim.learning_rate=0"]
+    words = [*RUN, f"data.path={root / 'rows.jsonl'}", "optim.learning_rate=0"]
     assert main([*words, f"run_dir={root / 'run'}"]) == 0
     return root, words
 
@@ -91,7 +83,7 @@ def test_a_run_does_not_show_more_steps_than_it_was_asked_for(again, capsys):
 def test_other_weights_in_the_same_place_are_another_model(tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(EMBEDDED_DIR, model)
-    words = [*SMALL, "steps=1", f"model.path={model}", f"run_dir={tmp_path / 'run'}"]
+    words = [*RUN, "steps=1", f"model.path={model}", f"run_dir={tmp_path / 'run'}"]
     words += ["eval.before_training=false", "eval.after_training=false"]
     assert main(words) == 0
     tensors = load_file(model / "model.safetensors")
@@ -184,7 +176,7 @@ def test_a_study_from_an_adapter_is_refused(capsys):
 def test_kl_is_to_what_training_starts_from(tmp_path):
     """As in TRL 1.16, which copies a given adapter as its reference: 0 at the first step, to the
     rounding of two programs, though the adapter is far from the base model; then it grows."""
-    start = [*SMALL, "optim.learning_rate=0.02", "eval.before_training=false"]
+    start = [*RUN, "optim.learning_rate=0.02", "eval.before_training=false"]
     assert (
         main([*start, f"run_dir={tmp_path / 'far'}", "steps=4", "eval.after_training=false"]) == 0
     )

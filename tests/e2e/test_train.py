@@ -22,13 +22,11 @@ from jaxgrpo.model.weights import EMBEDDED_DIR
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import EMBEDDED_CONFIG, main
 from jaxgrpo.train import train
+from tests.e2e.conftest import SMALL
 
-SMALL = [
-    "grpo.prompts_per_step=8",
-    "grpo.group_size=4",
-    "grpo.micro_batches=1",
+RUN = [
+    *SMALL,
     "lora.rank=4",
-    "rollout.max_completion_tokens=32",
     "eval.problems=16",
     "eval.batch_prompts=16",
     "checkpoint_every_steps=2",
@@ -39,7 +37,7 @@ SMALL = [
 
 
 def _train(run_dir, *overrides):
-    config = load_config([EMBEDDED_CONFIG], [*SMALL, f"run_dir={run_dir}", *overrides])
+    config = load_config([EMBEDDED_CONFIG], [*RUN, f"run_dir={run_dir}", *overrides])
     return train(config, Console(file=open(os.devnull, "w")))
 
 
@@ -83,7 +81,7 @@ def test_everything_is_compiled_in_the_first_step(straight):
 
 def test_killed_run_goes_on_to_the_same_numbers(straight, tmp_path):
     """SIGKILL after the first checkpoint; nothing that was half-written is taken for whole."""
-    arguments = [*SMALL, f"run_dir={tmp_path}", "steps=4"]
+    arguments = [*RUN, f"run_dir={tmp_path}", "steps=4"]
     process = subprocess.Popen([sys.executable, "-m", "jaxgrpo.run", *arguments], env=_env())
     deadline = time.monotonic() + 240
     while not (tmp_path / "checkpoints" / "2").is_dir():
@@ -98,7 +96,7 @@ def test_killed_run_goes_on_to_the_same_numbers(straight, tmp_path):
 
 
 def test_interrupted_run_saves_and_says_so(tmp_path):
-    arguments = [*SMALL, f"run_dir={tmp_path}", "steps=500", "checkpoint_every_steps=400"]
+    arguments = [*RUN, f"run_dir={tmp_path}", "steps=500", "checkpoint_every_steps=400"]
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxgrpo.run", *arguments],
         env=_env(),
@@ -229,7 +227,7 @@ def test_a_rank_plan_file_is_realised(tmp_path):
 
 
 def test_another_configuration_may_not_resume_a_run(straight, capsys):
-    code = main([*SMALL, f"run_dir={straight}", "steps=4", "optim.learning_rate=0.5"])
+    code = main([*RUN, f"run_dir={straight}", "steps=4", "optim.learning_rate=0.5"])
     assert code == 2
     assert "optim.learning_rate was 0.001, is 0.5" in capsys.readouterr().err
 
@@ -238,7 +236,7 @@ def test_two_processes_may_not_write_one_run(tmp_path, capsys):
     from jaxgrpo.records.run_directory import RunDirectory
 
     with RunDirectory(tmp_path).create().lock():
-        code = main([*SMALL, f"run_dir={tmp_path}", "steps=1"])
+        code = main([*RUN, f"run_dir={tmp_path}", "steps=1"])
     assert code == 2
     assert "another process" in capsys.readouterr().err
 

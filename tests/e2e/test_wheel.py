@@ -11,10 +11,8 @@ import sysconfig
 
 import pytest
 
+from tests.e2e.conftest import SMALL
 from tests.test_layout import ROOT, tracked_files
-
-SMALL = ["grpo.prompts_per_step=8", "grpo.group_size=4", "rollout.max_completion_tokens=32"]
-SMALL += ["eval.problems=8", "eval.batch_prompts=8"]
 
 
 @pytest.fixture(scope="module")
