@@ -109,7 +109,7 @@ CASES = {
     "model directory empty": (lambda t: [f"model.path={t}"], "config.json does not exist"),
     "model of another architecture": (
         lambda t: [_model(t, lambda m: _edit_json(m / "config.json", model_type="llama"))],
-        "only 'qwen2'",
+        "it may be 'qwen2'",
     ),
     "truncated safetensors": (
         lambda t: [
