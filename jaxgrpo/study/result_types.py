@@ -317,11 +317,6 @@ class Base(TypedDict):
     n: int
 
 
-class Importance(TypedDict):
-    objective: str
-    view: str
-
-
 class Results(TypedDict):
     """The whole file."""
 
@@ -342,14 +337,11 @@ class Results(TypedDict):
     contrasts: list[Contrast]
     """Every contrast, the primary one first; ArmResult.versus is one of these."""
     residual: Residual | None
-    minimum_detectable_effect: float | None
     detectable: Detectable | None
-    detectable_note: str
     rank_trend: Trend | None
     later: Later | None
     design: DesignResult | None
     profiles: list[Profile]
-    importance: Importance
     amplification: list[Amplification]
     amplification_verdict: list[str]
     spread: list[Spread]

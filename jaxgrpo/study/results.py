@@ -99,20 +99,11 @@ def collect_results(config: StudyConfig) -> Results:
         "cuts": cut_results(config, files, groups),
         "contrasts": listed,
         "residual": residual,
-        "minimum_detectable_effect": smallest and smallest["value"],
         "detectable": smallest,
-        "detectable_note": (
-            "the true difference that the primary contrast finds with 80 % power at 5 %, by the "
-            "residual sd of the runs; more seeds make it smaller"
-        ),
         "rank_trend": trend,
         "later": later,
         "design": design,
         "profiles": profiles,
-        "importance": {
-            "objective": config.importance_objective(config.study.arms.objectives[0]),
-            "view": config.study.allocation.view,
-        },
         "amplification": slopes,
         "amplification_verdict": amplification_verdict(slopes, probes.of_weights()),
         "spread": spread(config, files),

@@ -39,9 +39,21 @@ def study_settings(config: StudyConfig, files: StudyFiles) -> dict[str, str]:
         + (allocation.objective or "the arm's own objective"),
         "scale": f"every rule gives {config.lora.alpha / config.lora.rank:g} at rank "
         f"{config.lora.rank}",
+        "probes": _probes(config),
         "adapted": ", ".join(config.lora.target_modules),
         **_runs(config),
     }
+
+
+def _probes(config: StudyConfig) -> str:
+    probe, rank = config.study.probe, config.lora.rank
+    if not probe.scale_rules:
+        return "none"
+    return (
+        f"{probe.draws} draws of a rank for every adapter and {probe.layer_draws} for every layer, "
+        f"of rank {rank} a quarter, half, all or twice as much, under "
+        f"{', '.join(probe.scale_rules)}; each beside a uniform run of its seed"
+    )
 
 
 def _runs(config: StudyConfig) -> dict[str, str]:

@@ -198,7 +198,7 @@ def test_runs_that_are_all_alike_have_no_range_of_what_is_detectable(tmp_path):
 def test_one_seed_gives_no_p(tmp_path):
     shifts = {"uniform": [0], "proportional": [-40], "random": [0]}
     results = collect_results(moving_study(tmp_path, shifts))
-    assert results["residual"] is None and results["minimum_detectable_effect"] is None
+    assert results["residual"] is None and results["detectable"] is None
     assert (
         {c["p"] for c in results["contrasts"]} == {c["low"] for c in results["contrasts"]} == {None}
     )
