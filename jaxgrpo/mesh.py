@@ -66,7 +66,7 @@ def fold_key(seed: int, step: int, purpose: Purpose) -> jax.Array:
 class Device:
     """What a run's programs are compiled for: one device of its mesh, and how many there are.
 
-    Made with the mesh and carried in `Qwen2Config`, so that what a program does differently on
+    Made with the mesh and carried in `QwenConfig`, so that what a program does differently on
     some device is decided by its arguments and by nothing that surrounds it.
 
     Attributes:
@@ -244,7 +244,7 @@ def check_device(device: Device) -> None:
     """Asserts that the program being traced is for the mesh that surrounds it."""
     mesh = jax.sharding.get_abstract_mesh()
     assert mesh.empty or mesh.size == device.count, (
-        f"Qwen2Config.device has {device.count} devices, the mesh {mesh.size}: see device_of"
+        f"QwenConfig.device has {device.count} devices, the mesh {mesh.size}: see device_of"
     )
 
 

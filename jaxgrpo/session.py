@@ -26,13 +26,13 @@ from jaxgrpo.mesh import (
     sharding,
 )
 from jaxgrpo.model.adapters import StackedAdapter, stack_adapter
-from jaxgrpo.model.api import Qwen2Config, device_plan, init_lora, lora_logical_axes
+from jaxgrpo.model.api import QwenConfig, device_plan, init_lora, lora_logical_axes
 from jaxgrpo.model.peft_files import read_peft
 from jaxgrpo.model.weights import (
     check_tensor_names,
     load_model,
     read_eos_token_ids,
-    read_qwen2_config,
+    read_qwen_config,
     resolve_model_dir,
     weights_sha256,
 )
@@ -65,7 +65,7 @@ class Session:
     config: Config
     mesh: Mesh
     model_dir: Path
-    model_config: Qwen2Config
+    model_config: QwenConfig
     base: Tree
     plan: RankPlan
     device_plan: LoraPlan
@@ -146,13 +146,13 @@ class OpenModel:
 
     mesh: Mesh
     model_dir: Path
-    model_config: Qwen2Config
+    model_config: QwenConfig
     plan: RankPlan
     adapter: StackedAdapter | None
     tokenizer: Any
     stop: StopRules
 
-    def load(self, console: Console | None = None) -> tuple[Qwen2Config, Tree]:
+    def load(self, console: Console | None = None) -> tuple[QwenConfig, Tree]:
         """Shapes and weights, sharded; the console shows the progress."""
         _, base = load_model(self.model_dir, self.model_config.dtype, self.mesh, console)
         return self.model_config, base
@@ -169,7 +169,7 @@ def open_model(config: Config) -> OpenModel:
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
     model_dir = resolve_model_dir(config.model.path, config.model.revision)
-    model_config = read_qwen2_config(model_dir, resolve_dtype(config.model.dtype))
+    model_config = read_qwen_config(model_dir, resolve_dtype(config.model.dtype))
     model_config = dataclasses.replace(model_config, device=device_of(mesh))
     check_model_axis(model_config, mesh)
     plan, adapter = resolve_plan(config.lora, model_config)
@@ -240,7 +240,7 @@ def place_lora(mesh: Mesh, lora: Tree) -> Tree:
     )
 
 
-def resolve_plan(config: LoraConfig, model: Qwen2Config) -> tuple[RankPlan, StackedAdapter | None]:
+def resolve_plan(config: LoraConfig, model: QwenConfig) -> tuple[RankPlan, StackedAdapter | None]:
     """The ranks that the settings ask for, and the adapter to start from if they name one."""
     if config.adapter is None:
         return make_rank_plan(config, model.num_layers), None
@@ -283,7 +283,7 @@ def check_divisible(config: Config, mesh: Mesh, *, evaluates: bool = True) -> No
             )
 
 
-def check_model_axis(model: Qwen2Config, mesh: Mesh) -> None:
+def check_model_axis(model: QwenConfig, mesh: Mesh) -> None:
     """The `model` and `fsdp` axes must divide the dimensions they split."""
     for axis, dimensions in (
         ("model", {"query heads": model.num_heads, "mlp": model.intermediate_size}),
@@ -297,7 +297,7 @@ def check_model_axis(model: Qwen2Config, mesh: Mesh) -> None:
                 )
 
 
-def check_vocabulary(tokenizer: Any, model: Qwen2Config) -> None:
+def check_vocabulary(tokenizer: Any, model: QwenConfig) -> None:
     """A token id beyond the embedding table would be read as another token, silently."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= model.vocab_size:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrpo.model.api import Qwen2Config, head_table, hidden_states
+from jaxgrpo.model.api import QwenConfig, head_table, hidden_states
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.pack_rows import pack_rows
 from jaxgrpo.tasks.data import train_rows
@@ -102,7 +102,7 @@ def on_device(batch: TrainBatch) -> TrainBatch:
 
 
 def completion_logprobs(
-    config: Qwen2Config,
+    config: QwenConfig,
     base: Tree,
     adapters: Adapters | None,
     tokens: Any,

@@ -23,7 +23,7 @@ from jaxgrpo.config import ConfigError, MeshConfig
 from jaxgrpo.config_files import load_config
 from jaxgrpo.iteration import shard_batch
 from jaxgrpo.mesh import Device, device_of, make_mesh, sharding
-from jaxgrpo.model.api import Qwen2Config, base_logical_axes, bin_logprobs, init_base
+from jaxgrpo.model.api import QwenConfig, base_logical_axes, bin_logprobs, init_base
 from jaxgrpo.model.bins import take_bin
 from jaxgrpo.model.hf_config import config_fields
 from jaxgrpo.model.presets import PRESETS
@@ -242,7 +242,7 @@ def test_of_a_stack_that_a_fusion_inside_a_fusion_slices_the_slice_is_read():
 
 def test_more_devices_take_more_places_in_chunks_as_long_as_before():
     """The head's table is read once a chunk: shorter ones would read it more often."""
-    model = Qwen2Config(64, 48, 80, 2, 4, 2, 12, tie_word_embeddings=False)
+    model = QwenConfig(64, 48, 80, 2, 4, 2, 12, tie_word_embeddings=False)
     whole = init_base(model, jax.random.key(0))
     chunk = 8
     for sizes in ((1, 1, 1), (2, 4, 1)):

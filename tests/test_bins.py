@@ -20,15 +20,15 @@ from jaxgrpo.grpo.step import (
 )
 from jaxgrpo.iteration import shard_batch
 from jaxgrpo.mesh import ONE_CPU, Device, device_of, make_mesh, replicate, to_host
-from jaxgrpo.model import qwen2
-from jaxgrpo.model.api import Qwen2Config, device_plan, init_base, init_lora
+from jaxgrpo.model import qwen
+from jaxgrpo.model.api import QwenConfig, device_plan, init_base, init_lora
 from jaxgrpo.model.attention import causal_attention
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.types import Adapters
 from tests.gradients import assert_gradients_close
 from tests.rows import completion_logprobs, on_device, random_batch, random_rows
 
-CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8)
+CONFIG = QwenConfig(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8)
 # As Qwen3 has it: heads that are more than the hidden size, and norms of their own.
 QK_NORM = dataclasses.replace(CONFIG, head_dim=16, qkv_bias=False, qk_norm=True)
 PROMPTS, GROUP, SLOTS, WIDTH = 8, 3, 7, 5
@@ -222,7 +222,7 @@ def test_nothing_off_the_rows_is_used(weights, monkeypatch):
     packed = make_batch()
     want = gradients_of(weights, packed, "full")
     monkeypatch.setattr(
-        qwen2,
+        qwen,
         "causal_attention",
         lambda q, k, v, mask, lengths, device: attention_of_rows_alone(q, k, v, lengths),
     )

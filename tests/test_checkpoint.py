@@ -23,12 +23,12 @@ from jaxgrpo.grpo.optimizer import learning_rate_in, make_optimizer
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.identity import first_difference
 from jaxgrpo.mesh import make_mesh, sharding
-from jaxgrpo.model.api import Qwen2Config, init_lora, lora_logical_axes
+from jaxgrpo.model.api import QwenConfig, init_lora, lora_logical_axes
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.records.run_directory import hash_inputs
 from jaxgrpo.types import TrainState
 
-MODEL = Qwen2Config(
+MODEL = QwenConfig(
     vocab_size=32,
     hidden_size=16,
     intermediate_size=32,

@@ -9,10 +9,10 @@ import pytest
 from jaxgrpo.model.attention import DecodePosition, apply_rotary, rotary_tables
 from jaxgrpo.model.decode_attention import decode_attention
 from jaxgrpo.model.kv_cache import plain_attention, write_slot
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 
 PROMPTS, GROUP, SLOTS, WIDTH = 3, 2, 64, 64
-CONFIG = Qwen2Config(61, 6 * 128, 80, num_layers=1, num_heads=6, num_kv_heads=2, head_dim=128)
+CONFIG = QwenConfig(61, 6 * 128, 80, num_layers=1, num_heads=6, num_kv_heads=2, head_dim=128)
 LENGTHS = np.array([64, 5, 33])
 
 

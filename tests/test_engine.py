@@ -12,7 +12,7 @@ import pytest
 from jaxgrpo.config import MODULES, RolloutConfig
 from jaxgrpo.mesh import Device, MeshConfig, Purpose, fold_key, make_mesh, shard_rows, to_host
 from jaxgrpo.model.api import (
-    Qwen2Config,
+    QwenConfig,
     device_plan,
     init_base,
     init_lora,
@@ -31,7 +31,7 @@ from jaxgrpo.types import (
 )
 from tests.rows import completion_logprobs
 
-CONFIG = Qwen2Config(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8)
+CONFIG = QwenConfig(61, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8)
 # As Qwen3 has it: heads that are more than the hidden size, and norms of their own.
 QK_NORM = dataclasses.replace(CONFIG, head_dim=16, qkv_bias=False, qk_norm=True)
 GROUP, WIDTH = 3, 12

@@ -12,7 +12,7 @@ from jaxgrpo.config import MODULES
 from jaxgrpo.mesh import Device
 from jaxgrpo.model import gated_product
 from jaxgrpo.model.api import init_base, init_lora
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.sampler import TOGETHER, beside, linear, tiles, under
 from jaxgrpo.rank_plan import RankPlan
 
@@ -55,7 +55,7 @@ def test_the_kernel_lowers_for_cuda():
 @pytest.mark.parametrize("modules", [(), ("gate_proj", "down_proj"), MODULES])
 def test_the_sampler_computes_the_same_with_tiles(modules):
     """In float32, adapters included; the padding is 0 and the next projection passes over it."""
-    config = Qwen2Config(64, 48, 100, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=12)
+    config = QwenConfig(64, 48, 100, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=12)
     layer = jax.tree.map(lambda x: x[0], init_base(config, jax.random.key(0))["layers"])
     ranks = RankPlan({module: np.array([3]) for module in modules or MODULES}, 3, 6.0, "rslora", 3)
     lora = jax.tree.map(lambda x: x[0] + 0.1, init_lora(config, ranks, jax.random.key(1)))
@@ -77,7 +77,7 @@ def test_the_sampler_computes_the_same_with_tiles(modules):
 
 
 def test_only_one_hopper_with_bfloat16_has_tiles():
-    config = Qwen2Config(64, 48, 100, 1, 4, 2, 12, dtype="bfloat16")
+    config = QwenConfig(64, 48, 100, 1, 4, 2, 12, dtype="bfloat16")
     hopper = Device("gpu", capability="9.0")
     others = [Device("gpu", capability="8.0"), Device("gpu", count=2, capability="9.0"), Device()]
     assert gated_product.use_tiles(replace(config, device=hopper))

@@ -10,7 +10,7 @@ import pytest
 
 from jaxgrpo.config import MODULES
 from jaxgrpo.model.api import (
-    Qwen2Config,
+    QwenConfig,
     device_plan,
     hidden_states,
     init_base,
@@ -22,7 +22,7 @@ from jaxgrpo.model.api import (
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.types import Adapters
 
-CONFIG = Qwen2Config(61, 48, 80, num_layers=4, num_heads=6, num_kv_heads=2, head_dim=8)
+CONFIG = QwenConfig(61, 48, 80, num_layers=4, num_heads=6, num_kv_heads=2, head_dim=8)
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 9))
 
 

@@ -7,7 +7,7 @@ from jaxtyping import TypeCheckError
 
 from jaxgrpo.config import RolloutConfig
 from jaxgrpo.grpo.advantages import compute_advantages
-from jaxgrpo.model.qwen2 import swiglu
+from jaxgrpo.model.qwen import swiglu
 from jaxgrpo.rollout.sampling import sample
 
 

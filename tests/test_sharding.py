@@ -27,7 +27,7 @@ from jaxgrpo.mesh import (
     to_host,
 )
 from jaxgrpo.model.api import (
-    Qwen2Config,
+    QwenConfig,
     base_logical_axes,
     bin_logprobs,
     device_plan,
@@ -44,7 +44,7 @@ from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.types import Adapters, PromptBatch
 from tests.rows import on_device, random_rows, train_batch
 
-CONFIG = Qwen2Config(
+CONFIG = QwenConfig(
     64, 48, 80, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=12, tie_word_embeddings=False
 )
 # As Qwen3 has it: heads that are more than the hidden size, and norms of their own.

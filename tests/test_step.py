@@ -27,7 +27,7 @@ from jaxgrpo.grpo.step import (
 from jaxgrpo.iteration import pack_batch, shard_batch
 from jaxgrpo.mesh import ONE_CPU, Device, batch_shards, device_of, make_mesh, replicate, sharding
 from jaxgrpo.model.api import (
-    Qwen2Config,
+    QwenConfig,
     base_logical_axes,
     device_plan,
     init_base,
@@ -39,7 +39,7 @@ from jaxgrpo.types import Adapters, Rollout, TrainBatch
 from tests.compiled import compilations
 from tests.rows import Rows, completion_logprobs, make_rows, on_device, random_batch, random_rows
 
-MODEL = Qwen2Config(
+MODEL = QwenConfig(
     vocab_size=32,
     hidden_size=16,
     intermediate_size=32,

@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxgrpo.ahead.chips import Topology
 from jaxgrpo.config import Config, ConfigError
-from jaxgrpo.model.presets import PRESETS, Qwen2Config
-from jaxgrpo.model.weights import read_qwen2_config, resolve_model_dir
+from jaxgrpo.model.presets import PRESETS, QwenConfig
+from jaxgrpo.model.weights import read_qwen_config, resolve_model_dir
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.session import resolve_dtype, resolve_plan
 
@@ -42,7 +42,7 @@ def _host_bounds(topology: Topology) -> dict[str, Any]:
     return {}
 
 
-def shapes_of(config: Config, topology: Topology | None) -> tuple[Qwen2Config, RankPlan]:
+def shapes_of(config: Config, topology: Topology | None) -> tuple[QwenConfig, RankPlan]:
     """Shapes and plan: of a published size without any file, of others from their config.json."""
     dtype = config.model.dtype
     if dtype == "auto":
@@ -53,5 +53,5 @@ def shapes_of(config: Config, topology: Topology | None) -> tuple[Qwen2Config, R
         model = dataclasses.replace(PRESETS[name], dtype=dtype)
     else:
         directory = resolve_model_dir(config.model.path, config.model.revision, ["config.json"])
-        model = read_qwen2_config(directory, dtype)
+        model = read_qwen_config(directory, dtype)
     return model, resolve_plan(config.lora, model)[0]

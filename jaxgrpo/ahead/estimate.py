@@ -17,7 +17,7 @@ from jaxgrpo.ahead.programs import PROGRAMS, Lowered, bytes_per_device
 from jaxgrpo.ahead.shapes import remat_of_run
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.mesh import device_of
-from jaxgrpo.model.api import Qwen2Config, resharded_bytes
+from jaxgrpo.model.api import QwenConfig, resharded_bytes
 from jaxgrpo.rank_plan import RankPlan
 
 
@@ -53,7 +53,7 @@ class Estimate:
     """
 
     config: Config
-    model: Qwen2Config
+    model: QwenConfig
     remat: str
     mesh: dict[str, int]
     devices: int
@@ -98,7 +98,7 @@ class Estimate:
 
 def estimate(
     config: Config,
-    model: Qwen2Config,
+    model: QwenConfig,
     plan: RankPlan,
     mesh: Mesh,
     chip: Chip | None,

@@ -11,12 +11,12 @@ from __future__ import annotations
 from jaxgrpo.ahead.chips import Card
 from jaxgrpo.ahead.shapes import full_bins, row_slots
 from jaxgrpo.config import Config
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.sampler import TOGETHER
 from jaxgrpo.rank_plan import RankPlan
 
 
-def rollout_flops(config: Config, model: Qwen2Config, plan: RankPlan) -> float:
+def rollout_flops(config: Config, model: QwenConfig, plan: RankPlan) -> float:
     """Prefill of every prompt and a full decode of every completion, over all devices. Of attention
     all scores: plain attention computes the masked half too."""
     prompts, rows = config.grpo.prompts_per_step, config.grpo.rows_per_step
@@ -30,7 +30,7 @@ def rollout_flops(config: Config, model: Qwen2Config, plan: RankPlan) -> float:
     return prefill + rows * (steps + attention * (width - 1) * (prompt + width))
 
 
-def train_hardware_flops(config: Config, model: Qwen2Config, plan: RankPlan, remat: str) -> float:
+def train_hardware_flops(config: Config, model: QwenConfig, plan: RankPlan, remat: str) -> float:
     """Forward, backward and what `remat` computes again of rows that end at the cap, over all
     devices."""
     shards, chunk = model.device.batch_shards, config.grpo.logprob_chunk_tokens
@@ -59,7 +59,7 @@ def train_hardware_flops(config: Config, model: Qwen2Config, plan: RankPlan, rem
     return model.num_layers * per_layer + head
 
 
-def train_model_flops(config: Qwen2Config, tokens: int, scored: int) -> float:
+def train_model_flops(config: QwenConfig, tokens: int, scored: int) -> float:
     """Forward and backward through the frozen matrices: 4 operations an entry and token, because
     only activations get a gradient. Attention and adapters are left out, as is usual."""
     layers = config.num_layers * layer_parameters(config) * tokens
@@ -67,7 +67,7 @@ def train_model_flops(config: Qwen2Config, tokens: int, scored: int) -> float:
 
 
 def decode_step_seconds(
-    config: Qwen2Config, card: Card, rows: int, prompts: int, prompt_tokens: float, own: float
+    config: QwenConfig, card: Card, rows: int, prompts: int, prompt_tokens: float, own: float
 ) -> float:
     """One token for each of `rows`, each with `own` tokens so far; prompts are read once a
     group."""
@@ -84,7 +84,7 @@ def decode_step_seconds(
 
 
 def decode_seconds(
-    config: Qwen2Config, card: Card, prompts: int, group: int, prompt_tokens: int, width: int
+    config: QwenConfig, card: Card, prompts: int, group: int, prompt_tokens: int, width: int
 ) -> float:
     """All steps of completions of `width` tokens; the context grows by one each step."""
     own = (width - 1) / 2
@@ -92,12 +92,12 @@ def decode_seconds(
     return width * step
 
 
-def layer_parameters(config: Qwen2Config) -> int:
+def layer_parameters(config: QwenConfig) -> int:
     """Entries of one layer's seven matrices."""
     return sum(i * o for i, o in config.module_shapes.values())
 
 
-def carried_parameters(model: Qwen2Config, plan: RankPlan) -> int:
+def carried_parameters(model: QwenConfig, plan: RankPlan) -> int:
     """Entries of the adapters that one layer of the sampler multiplies by: on one device those of
     one input are one matrix, zeros off its diagonal included."""
     shapes = model.module_shapes
@@ -112,11 +112,11 @@ def carried_parameters(model: Qwen2Config, plan: RankPlan) -> int:
     return total
 
 
-def head_parameters(config: Qwen2Config) -> int:
+def head_parameters(config: QwenConfig) -> int:
     return config.vocab_size * config.hidden_size
 
 
-def kv_bytes(config: Qwen2Config) -> int:
+def kv_bytes(config: QwenConfig) -> int:
     """Keys and values of one token in one layer."""
     return 2 * config.num_kv_heads * config.head_dim * config.compute_dtype.itemsize
 

@@ -20,7 +20,7 @@ from jaxgrpo.ahead.shapes import full_bins, row_slots
 from jaxgrpo.config import Config
 from jaxgrpo.mesh import AXIS_RULES, ONE_CPU, ROLLOUT_RULES
 from jaxgrpo.model.api import base_logical_axes, init_base, lora_logical_axes
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.remat import head_bytes, kept_bytes_per_token
 from jaxgrpo.rank_plan import RankPlan
 
@@ -104,7 +104,7 @@ class Inside(NamedTuple):
     rows: float
     scores: float
 
-    def bytes(self, model: Qwen2Config, of: Rows, parts: int) -> int:
+    def bytes(self, model: QwenConfig, of: Rows, parts: int) -> int:
         """On one of `parts` devices of the `model` axis."""
         size, heads = model.compute_dtype.itemsize, model.num_heads
         mlp = self.mlp * of.tokens * model.intermediate_size * size / parts
@@ -130,7 +130,7 @@ NONE = Inside(12, 5, 0, 2)
 
 
 def foretell(
-    config: Config, model: Qwen2Config, plan: RankPlan, sizes: Mapping[str, int], remat: str
+    config: Config, model: QwenConfig, plan: RankPlan, sizes: Mapping[str, int], remat: str
 ) -> Memory:
     """Bytes per device in the run's largest step.
 
@@ -197,7 +197,7 @@ def foretell(
     )
 
 
-def kept_bytes(model: Qwen2Config, of: Rows, parts: int, remat: str) -> int:
+def kept_bytes(model: QwenConfig, of: Rows, parts: int, remat: str) -> int:
     """What a micro-batch's forward pass keeps for its backward pass."""
     if remat == "products":
         return of.tokens * kept_bytes_per_token(model)
@@ -226,7 +226,7 @@ def _held(leaf: Leaf, itemsize: int, sizes: Mapping[str, int], rules: dict) -> i
 
 
 @functools.cache
-def _base_leaves(model: Qwen2Config) -> dict[str, list[Leaf]]:
+def _base_leaves(model: QwenConfig) -> dict[str, list[Leaf]]:
     # Shapes are the same everywhere, but what some device would run may not be there to trace.
     model = dataclasses.replace(model, device=ONE_CPU)
     shapes = jax.eval_shape(lambda: init_base(model, jax.random.key(0)))
@@ -243,16 +243,16 @@ def _base_leaves(model: Qwen2Config) -> dict[str, list[Leaf]]:
     return found
 
 
-def _layer_leaves(model: Qwen2Config) -> list[Leaf]:
+def _layer_leaves(model: QwenConfig) -> list[Leaf]:
     return _base_leaves(model)["layers"]
 
 
-def _table_leaves(model: Qwen2Config) -> list[Leaf]:
+def _table_leaves(model: QwenConfig) -> list[Leaf]:
     """Embedding, head and the last norm."""
     return [x for name, leaves in _base_leaves(model).items() if name != "layers" for x in leaves]
 
 
-def _adapter_leaves(model: Qwen2Config, plan: RankPlan) -> list[Leaf]:
+def _adapter_leaves(model: QwenConfig, plan: RankPlan) -> list[Leaf]:
     axes, found = lora_logical_axes(plan.modules), []
     for module in plan.modules:
         ins, outs = model.module_shapes[module]

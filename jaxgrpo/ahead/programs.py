@@ -21,7 +21,7 @@ from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step
 from jaxgrpo.mesh import batch_shards, sharding
 from jaxgrpo.model.api import (
-    Qwen2Config,
+    QwenConfig,
     base_logical_axes,
     device_plan,
     init_base,
@@ -58,7 +58,7 @@ class Arguments:
 
 
 def describe_arguments(
-    config: Config, model: Qwen2Config, plan: RankPlan, mesh: Mesh, optimizer: Any
+    config: Config, model: QwenConfig, plan: RankPlan, mesh: Mesh, optimizer: Any
 ) -> Arguments:
     """Shapes and shardings of a run's largest step."""
     whole = NamedSharding(mesh, PartitionSpec())
@@ -113,7 +113,7 @@ def describe_arguments(
     )
 
 
-def describe_packing(config: Config, model: Qwen2Config, mesh: Mesh) -> Packing:
+def describe_packing(config: Config, model: QwenConfig, mesh: Mesh) -> Packing:
     """The bins of a step in which no completion ends early."""
     shards = batch_shards(mesh)
     shape = full_bins(config, model.device)
@@ -143,7 +143,7 @@ class Lowered:
     def __init__(
         self,
         config: Config,
-        model: Qwen2Config,
+        model: QwenConfig,
         plan: RankPlan,
         mesh: Mesh,
         remat: str,

@@ -14,7 +14,7 @@ from jaxgrpo.ahead.memory import foretell
 from jaxgrpo.ahead.shapes import remat_of_run
 from jaxgrpo.config import Config
 from jaxgrpo.mesh import device_here, planned_sizes
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.rank_plan import RankPlan
 
 
@@ -58,7 +58,7 @@ def print_estimate(
         )
 
 
-def print_foretold(config: Config, model: Qwen2Config, plan: RankPlan, console: Console) -> None:
+def print_foretold(config: Config, model: QwenConfig, plan: RankPlan, console: Console) -> None:
     """Memory and operations by formula, on devices like those here."""
     sizes = planned_sizes(config.mesh)
     model = dataclasses.replace(model, device=device_here(sizes))

@@ -7,7 +7,7 @@ import dataclasses
 from jaxgrpo.config import Config
 from jaxgrpo.mesh import Device
 from jaxgrpo.model.pack_rows import BinShape, bin_shape
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.remat import resolve_remat
 
 
@@ -36,7 +36,7 @@ def full_bins(config: Config, device: Device) -> BinShape:
     return dataclasses.replace(shape, bins=min(shape.bins, grpo.micro_batches))
 
 
-def remat_of_run(config: Config, model: Qwen2Config) -> str:
+def remat_of_run(config: Config, model: QwenConfig) -> str:
     """What model.remat comes to in the largest step, on `model.device`."""
     shape = full_bins(config, model.device)
     return resolve_remat(

@@ -14,7 +14,7 @@ from jaxgrpo.ahead.programs import replace_mesh
 from jaxgrpo.ahead.shapes import remat_of_run
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.mesh import Device
-from jaxgrpo.model.api import Qwen2Config
+from jaxgrpo.model.api import QwenConfig
 from jaxgrpo.rank_plan import RankPlan
 
 MAX_TRIES = 4
@@ -23,7 +23,7 @@ MAX_TRIES = 4
 
 def suggest(
     config: Config,
-    model: Qwen2Config,
+    model: QwenConfig,
     plan: RankPlan,
     topology: Topology,
     try_out: Callable[[Config, Topology], Estimate],
@@ -42,7 +42,7 @@ def suggest(
 
 
 def candidates(
-    config: Config, model: Qwen2Config, plan: RankPlan, topology: Topology
+    config: Config, model: QwenConfig, plan: RankPlan, topology: Topology
 ) -> Iterator[tuple[Config, Topology]]:
     """Changes that fit by formula, the least first: micro-batches, the mesh, fewer prompts, and at
     last a larger slice."""
@@ -61,7 +61,7 @@ def candidates(
             yield changed, where
 
 
-def _meshes(config: Config, model: Qwen2Config, devices: int) -> Iterator[tuple[int, Config]]:
+def _meshes(config: Config, model: QwenConfig, devices: int) -> Iterator[tuple[int, Config]]:
     old = config.mesh
     fixed = max(1, old.fsdp) * max(1, old.model)
     if devices % fixed == 0:
@@ -102,7 +102,7 @@ def _divides(config: Config) -> bool:
     return all(count % shards == 0 for count in counts)
 
 
-def needed(config: Config, model: Qwen2Config, plan: RankPlan, topology: Topology) -> int:
+def needed(config: Config, model: QwenConfig, plan: RankPlan, topology: Topology) -> int:
     """Bytes per chip by formula: the most that any phase holds."""
     mesh = config.mesh
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "model": mesh.model}

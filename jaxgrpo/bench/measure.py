@@ -46,7 +46,7 @@ from jaxgrpo.mesh import (
 )
 from jaxgrpo.model.api import (
     PRESETS,
-    Qwen2Config,
+    QwenConfig,
     base_logical_axes,
     device_plan,
     init_base,
@@ -54,7 +54,7 @@ from jaxgrpo.model.api import (
     make_decode_weights,
     prefill,
 )
-from jaxgrpo.model.weights import EMBEDDED_DIR, read_qwen2_config
+from jaxgrpo.model.weights import EMBEDDED_DIR, read_qwen_config
 from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.records.run_directory import atomic_write_json
 from jaxgrpo.rollout.engine import make_generate
@@ -85,7 +85,7 @@ def environment() -> dict[str, str]:
     return {"device": jax.devices()[0].device_kind} | versions
 
 
-def bench_model(config: BenchConfig, device: Device) -> Qwen2Config:
+def bench_model(config: BenchConfig, device: Device) -> QwenConfig:
     """The shapes that `bench.preset` and `bench.num_layers` name, for this device.
 
     Raises:
@@ -93,7 +93,7 @@ def bench_model(config: BenchConfig, device: Device) -> Qwen2Config:
     """
     bench, dtype = config.bench, resolve_dtype(config.model.dtype)
     if bench.preset == EMBEDDED:
-        model = read_qwen2_config(EMBEDDED_DIR, dtype)
+        model = read_qwen_config(EMBEDDED_DIR, dtype)
     else:
         check_choice(bench.preset, [EMBEDDED, *PRESETS], "bench.preset")
         model = replace(PRESETS[bench.preset], dtype=dtype)

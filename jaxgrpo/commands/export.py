@@ -49,7 +49,7 @@ def check_places(name: str, source: str, out: str) -> None:
 def run(settings: ExportSettings, console: Console) -> int:
     from jaxgrpo.model.merged import save_merged
     from jaxgrpo.model.peft_files import write_peft
-    from jaxgrpo.model.weights import read_qwen2_config, resolve_model_dir
+    from jaxgrpo.model.weights import read_qwen_config, resolve_model_dir
     from jaxgrpo.session import resolve_dtype
 
     adapter, facts, config = read_source(Path(settings.source), settings.model)
@@ -59,7 +59,7 @@ def run(settings: ExportSettings, console: Console) -> int:
             raise ConfigError("the adapter names no base model; give model=DIRECTORY or a hub id")
         model_dir = resolve_model_dir(adapter.base_model, config.get("revision"))
         wanted = config.get("dtype", "auto") if settings.dtype == "auto" else settings.dtype
-        model = read_qwen2_config(model_dir, resolve_dtype(wanted))
+        model = read_qwen_config(model_dir, resolve_dtype(wanted))
         save_merged(out, adapter, model_dir, model)
     else:
         write_peft(out, adapter, uniform_rank=settings.form == "uniform_rank")

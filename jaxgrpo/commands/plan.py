@@ -69,11 +69,11 @@ def run(settings: PlanSettings, console: Console) -> int:
 
 def open_plan(config: Config) -> tuple[Any, RankPlan]:
     """The model's shapes and the plan, from config.json alone: no weights are read or fetched."""
-    from jaxgrpo.model.weights import read_qwen2_config, resolve_model_dir
+    from jaxgrpo.model.weights import read_qwen_config, resolve_model_dir
     from jaxgrpo.session import resolve_dtype, resolve_plan
 
     directory = resolve_model_dir(config.model.path, config.model.revision, ["config.json"])
-    model = read_qwen2_config(directory, resolve_dtype(config.model.dtype))
+    model = read_qwen_config(directory, resolve_dtype(config.model.dtype))
     return model, resolve_plan(config.lora, model)[0]
 
 

@@ -25,7 +25,7 @@ from jaxgrpo.grpo.optimizer import learning_rate_in
 from jaxgrpo.grpo.sensitivity import init_sensitivity, update_sensitivity
 from jaxgrpo.mesh import constrain
 from jaxgrpo.model.api import (
-    Qwen2Config,
+    QwenConfig,
     bin_logprobs,
     join_adapters,
     lora_logical_axes,
@@ -101,7 +101,7 @@ def init_train_state(
 
 
 def make_train_step(
-    model_config: Qwen2Config, settings: StepSettings, optimizer: optax.GradientTransformation
+    model_config: QwenConfig, settings: StepSettings, optimizer: optax.GradientTransformation
 ) -> TrainStep:
     """Jits (state, base, plan, batch) -> (state, metrics); the old state's buffers are reused.
 
@@ -149,7 +149,7 @@ def make_train_step(
 
 
 def make_gradients(
-    model_config: Qwen2Config, settings: StepSettings
+    model_config: QwenConfig, settings: StepSettings
 ) -> Callable[..., tuple[Array, Tree, Tree | None, Array, Array]]:
     """(base, adapters, batch) -> loss, gradient by lora, by the kernels, log-probs, entropies.
 
@@ -269,7 +269,7 @@ def _accumulate(
 
 
 def make_logprobs(
-    model_config: Qwen2Config, temperature: float, chunk_tokens: int, remat: str
+    model_config: QwenConfig, temperature: float, chunk_tokens: int, remat: str
 ) -> Callable[..., Float[Array, "B C"]]:
     """Jits (base, adapters, batch) -> log-probs of the rows that are computed, 0 elsewhere.
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from jaxgrpo.config import MODULES, ConfigError
 from jaxgrpo.model.peft_files import LoraModule, PeftAdapter, write_peft
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.weights import hf_module
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.types import Tree
 
-_QWEN2_NAME = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,3})\.(?:self_attn|mlp)\.([a-z]+_proj)")
+_MODULE_NAME = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,3})\.(?:self_attn|mlp)\.([a-z]+_proj)")
 
 
 def save_adapter(directory: Path, lora: Tree, plan: RankPlan, base_model: str) -> None:
@@ -95,7 +95,7 @@ class StackedAdapter:
         return started
 
 
-def stack_adapter(adapter: PeftAdapter, config: Qwen2Config, where: str) -> StackedAdapter:
+def stack_adapter(adapter: PeftAdapter, config: QwenConfig, where: str) -> StackedAdapter:
     """The adapter as this model's arrays.
 
     Raises:
@@ -104,7 +104,7 @@ def stack_adapter(adapter: PeftAdapter, config: Qwen2Config, where: str) -> Stac
     """
     found: dict[str, dict[int, LoraModule]] = {}
     for name, lora in adapter.modules.items():
-        match = _QWEN2_NAME.fullmatch(name)
+        match = _MODULE_NAME.fullmatch(name)
         if match is None or match[2] not in MODULES or not name.endswith(hf_module(match[2])):
             raise ConfigError(
                 f"{where}: the module {name!r:.120} is none of a Qwen2 layer's {', '.join(MODULES)}"

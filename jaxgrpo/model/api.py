@@ -23,8 +23,8 @@ from jaxgrpo.model.attention import DecodePosition, rotary_tables
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.kv_cache import LayerCache, PromptCache, cache_slots, init_completion_cache
 from jaxgrpo.model.lora import device_plan, init_lora, plan_collection
-from jaxgrpo.model.presets import PRESETS, Qwen2Config
-from jaxgrpo.model.qwen2 import Qwen2, join_adapters
+from jaxgrpo.model.presets import PRESETS, QwenConfig
+from jaxgrpo.model.qwen import Qwen, join_adapters
 from jaxgrpo.model.remat import remat_of_batch
 from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.model.sampler import Linear, decode_layer, prefill_layer, sampler_layer
@@ -33,7 +33,7 @@ from jaxgrpo.types import Adapters, Packing, Tree
 __all__ = [
     "PRESETS",
     "PromptCache",
-    "Qwen2Config",
+    "QwenConfig",
     "base_logical_axes",
     "bin_logprobs",
     "cache_slots",
@@ -54,13 +54,13 @@ __all__ = [
 ]
 
 
-def init_base(config: Qwen2Config, key: jax.Array) -> Tree:
+def init_base(config: QwenConfig, key: jax.Array) -> Tree:
     """Random weights (normal, 0.02), for tests and benchmarks."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Qwen2(config, "full").init(key, tokens, tokens, None)["params"]  # type: ignore[return-value]
+    return Qwen(config, "full").init(key, tokens, tokens, None)["params"]  # type: ignore[return-value]
 
 
-def base_logical_axes(config: Qwen2Config) -> Tree:
+def base_logical_axes(config: QwenConfig) -> Tree:
     """Logical axis names of every leaf of `base`."""
     ins_outs = _module_axes()
     layers: Tree = {}
@@ -102,7 +102,7 @@ def _module_axes() -> dict[str, tuple[str, str]]:
 
 
 def hidden_states(
-    config: Qwen2Config,
+    config: QwenConfig,
     base: Tree,
     adapters: Adapters | None,
     tokens: Int[Array, "B T"],
@@ -118,35 +118,35 @@ def hidden_states(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
     else:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    return Qwen2(config).apply(_variables(base, adapters), tokens, positions, mask)  # type: ignore[return-value]
+    return Qwen(config).apply(_variables(base, adapters), tokens, positions, mask)  # type: ignore[return-value]
 
 
 def input_moments(
-    config: Qwen2Config, base: Tree, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+    config: QwenConfig, base: Tree, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Tree:
     """What goes into each projection of the base model: module -> {"sum": [L, in],
     "outer": [L, in, in]}, summed over the real tokens of right-padded rows."""
     rows = {"layers": {module: {"mask": mask} for module in MODULES}}
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-    _, found = Qwen2(config).apply(
+    _, found = Qwen(config).apply(
         {"params": base, "rows": rows}, tokens, positions, None, mutable=["moments"]
     )  # type: ignore[misc]
     layers = found["moments"]["layers"]
     return {module: {name: x[0] for name, x in layers[module].items()} for module in MODULES}
 
 
-def head_table(config: Qwen2Config, weights: Tree) -> Float[Array, "V D"]:
+def head_table(config: QwenConfig, weights: Tree) -> Float[Array, "V D"]:
     return weights["embed_tokens" if config.tie_word_embeddings else "lm_head"]
 
 
-def logits(config: Qwen2Config, weights: Tree, hidden: Float[Array, "... D"]) -> jax.Array:
+def logits(config: QwenConfig, weights: Tree, hidden: Float[Array, "... D"]) -> jax.Array:
     """float32 [..., V]; `weights` in either form."""
     table = head_table(config, weights)
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
 def bin_logprobs(
-    config: Qwen2Config,
+    config: QwenConfig,
     base: Tree,
     adapters: Adapters | None,
     packing: Packing,
@@ -165,7 +165,7 @@ def bin_logprobs(
         packing: one bin of each batch shard (`bins.take_bin`).
     """
     variables = _variables(base, adapters)
-    hidden = Qwen2(config, remat).apply(variables, packing.tokens, packing.positions, None, packing)
+    hidden = Qwen(config, remat).apply(variables, packing.tokens, packing.positions, None, packing)
     # What is split over fsdp is gathered here, once, and not in every chunk.
     table = to_rollout_layout(head_table(config, base), ("vocab", "embed"))
     chunk_tokens *= config.device.batch_shards
@@ -191,7 +191,7 @@ def _variables(base: Tree, adapters: Adapters | None) -> Tree:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def make_decode_weights(config: Qwen2Config, base: Tree, adapters: Adapters | None) -> Tree:
+def make_decode_weights(config: QwenConfig, base: Tree, adapters: Adapters | None) -> Tree:
     """The sampler's copy of the weights: layers unstacked, the adapters carried along."""
     check_device(config.device)
     lora: Tree = {} if adapters is None else adapters.lora
@@ -209,7 +209,7 @@ def make_decode_weights(config: Qwen2Config, base: Tree, adapters: Adapters | No
     return jax.tree.map(lambda names, x: to_rollout_layout(x, names), axes, weights, is_leaf=_axes)
 
 
-def resharded_bytes(config: Qwen2Config, mesh: Mesh) -> int:
+def resharded_bytes(config: QwenConfig, mesh: Mesh) -> int:
     """What each device receives in `make_decode_weights`, once per iteration (adapters aside)."""
     shapes = jax.eval_shape(lambda: init_base(config, jax.random.key(0)))
     size = config.compute_dtype.itemsize
@@ -222,7 +222,7 @@ def resharded_bytes(config: Qwen2Config, mesh: Mesh) -> int:
     return sum(jax.tree.leaves(moved))
 
 
-def _decode_axes(config: Qwen2Config, adapted: tuple[str, ...]) -> Tree:
+def _decode_axes(config: QwenConfig, adapted: tuple[str, ...]) -> Tree:
     """Logical axes of the sampler's weights on a mesh."""
     axes, lora = base_logical_axes(config), lora_logical_axes(adapted)
     layer: Tree = {}
@@ -241,7 +241,7 @@ def _axes(x: object) -> bool:
 
 
 def prefill(
-    config: Qwen2Config,
+    config: QwenConfig,
     weights: Tree,
     tokens: Int[Array, "P S"],
     mask: Bool[Array, "P S"],
@@ -258,7 +258,7 @@ def prefill(
 
 
 def decode_step(
-    config: Qwen2Config,
+    config: QwenConfig,
     weights: Tree,
     prompts: PromptCache,
     cache: tuple[LayerCache, ...],
@@ -291,5 +291,5 @@ _prefill_layer = jax.jit(prefill_layer, static_argnums=0)
 _decode_layer = jax.jit(decode_layer, static_argnums=0)
 
 
-def _final_norm(config: Qwen2Config, weights: Tree, x: jax.Array) -> jax.Array:
+def _final_norm(config: QwenConfig, weights: Tree, x: jax.Array) -> jax.Array:
     return rms_norm(x, weights["norm"]["scale"], config.rms_norm_eps)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.mesh import Device
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 
 Rope = tuple[jax.Array, jax.Array]
 """cos, sin: float32 [..., H/2]."""
@@ -31,7 +31,7 @@ class DecodePosition(NamedTuple):
     slot: Int[Array, ""]
 
 
-def rotary_tables(config: Qwen2Config, positions: Int[Array, "..."]) -> Rope:
+def rotary_tables(config: QwenConfig, positions: Int[Array, "..."]) -> Rope:
     """cos and sin of position * theta^(-2i/H), in float32."""
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponent)

@@ -23,7 +23,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 
 ROWS = 256
 """Rows of a tile. Other batches go through cuBLAS, which was as fast with 128 and with 512."""
@@ -38,7 +38,7 @@ _STAGES, _STORED = 4, 64
 """Stages; rows that a warpgroup writes at a time."""
 
 
-def use_tiles(config: Qwen2Config) -> bool:
+def use_tiles(config: QwenConfig) -> bool:
     """Whether the sampler's weights are laid out for the kernel."""
     device = config.device
     return config.compute_dtype == jnp.bfloat16 and device.single_gpu and device.capability == "9.0"

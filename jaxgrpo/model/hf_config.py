@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxgrpo.config import ConfigError
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 
 DEFAULT_ROPE_THETA = 10_000.0
 """transformers' own, for files that name no base."""
@@ -42,7 +42,7 @@ FAMILIES = {
 """model_type -> the family."""
 
 
-def qwen2_config(raw: Mapping[str, Any], dtype: str, where: str) -> Qwen2Config:
+def qwen_config(raw: Mapping[str, Any], dtype: str, where: str) -> QwenConfig:
     """Reads a Hugging Face config.json.
 
     Raises:
@@ -66,7 +66,7 @@ def qwen2_config(raw: Mapping[str, Any], dtype: str, where: str) -> Qwen2Config:
     # An absent key is transformers' default, an empty one means as many as there are queries.
     kv_heads = raw.get("num_key_value_heads", 32)
     hidden = whole("hidden_size", 2**20)
-    config = Qwen2Config(
+    config = QwenConfig(
         vocab_size=whole("vocab_size", 2**24),
         hidden_size=hidden,
         intermediate_size=whole("intermediate_size", 2**22),
@@ -92,8 +92,8 @@ def qwen2_config(raw: Mapping[str, Any], dtype: str, where: str) -> Qwen2Config:
     return config
 
 
-def config_fields(config: Qwen2Config) -> dict[str, Any]:
-    """The config.json that `qwen2_config` reads as this model, and transformers as well."""
+def config_fields(config: QwenConfig) -> dict[str, Any]:
+    """The config.json that `qwen_config` reads as this model, and transformers as well."""
     kind = next(
         name
         for name, family in FAMILIES.items()
@@ -127,9 +127,7 @@ def _head_dim(
     return hidden_size // heads
 
 
-def _check_features(
-    raw: Mapping[str, Any], config: Qwen2Config, family: Family, where: str
-) -> None:
+def _check_features(raw: Mapping[str, Any], config: QwenConfig, family: Family, where: str) -> None:
     """Raises ConfigError on the first field that asks for what this model does not compute."""
     plain: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),

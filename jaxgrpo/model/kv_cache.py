@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.model.decode_attention import BLOCK
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 
 LayerCache = dict[str, jax.Array]
 """{"k": [rows, K, slots, H], "v": the same}."""
@@ -31,7 +31,7 @@ class PromptCache(NamedTuple):
     mask: Bool[Array, "P S"]
 
 
-def init_completion_cache(config: Qwen2Config, rows: int, slots: int) -> tuple[LayerCache, ...]:
+def init_completion_cache(config: QwenConfig, rows: int, slots: int) -> tuple[LayerCache, ...]:
     """Empty caches, one per layer."""
     slots = cache_slots(config, slots)
     shape = (rows, config.num_kv_heads, slots, config.head_dim)
@@ -50,12 +50,12 @@ def write_slot(cache: LayerCache, k: jax.Array, v: jax.Array, slot: jax.Array) -
     }
 
 
-def use_kernel(config: Qwen2Config) -> bool:
+def use_kernel(config: QwenConfig) -> bool:
     """Whether `decode_attention` serves: it has no float32 form and knows one device."""
     return config.compute_dtype == jnp.bfloat16 and config.device.single_gpu
 
 
-def cache_slots(config: Qwen2Config, slots: int) -> int:
+def cache_slots(config: QwenConfig, slots: int) -> int:
     """`slots`, or what the kernel's blocks need."""
     return -(-slots // BLOCK) * BLOCK if use_kernel(config) else slots
 

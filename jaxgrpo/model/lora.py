@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxgrpo.config import MODULES
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.types import Adapters, LoraPlan, Tree
 
@@ -247,7 +247,7 @@ def side_by_side(
     return jnp.concatenate(ins, axis=1), jnp.concatenate(outs, axis=0)
 
 
-def init_lora(config: Qwen2Config, plan: RankPlan, key: jax.Array) -> Tree:
+def init_lora(config: QwenConfig, plan: RankPlan, key: jax.Array) -> Tree:
     """module -> {"a": [L, in, R], "b": [L, R, out]}, float32; B is zero.
 
     Rank r of an adapter gets the same values whatever `max_rank` is, so that arms of a study which

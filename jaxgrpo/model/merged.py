@@ -11,7 +11,7 @@ from safetensors.numpy import save
 
 from jaxgrpo.config import ConfigError
 from jaxgrpo.model.peft_files import PeftAdapter
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.safe_files import contained, read_json_object
 from jaxgrpo.model.weights import check_tensor_names, hf_shapes, make_reader
 from jaxgrpo.records.run_directory import atomic_write_bytes, atomic_write_json
@@ -34,7 +34,7 @@ def save_merged(
     directory: Path,
     adapter: PeftAdapter,
     model_dir: Path,
-    config: Qwen2Config,
+    config: QwenConfig,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes base + scale * B A as safetensors in `config.dtype`, with tokenizer and settings.
@@ -66,7 +66,7 @@ def save_merged(
     atomic_write_json(directory / "config.json", settings)
 
 
-def _check_fits(adapter: PeftAdapter, config: Qwen2Config, model_dir: Path) -> None:
+def _check_fits(adapter: PeftAdapter, config: QwenConfig, model_dir: Path) -> None:
     shapes = hf_shapes(config)
     for name, lora in adapter.modules.items():
         want = shapes.get(f"{name}.weight")
@@ -78,7 +78,7 @@ def _check_fits(adapter: PeftAdapter, config: Qwen2Config, model_dir: Path) -> N
 
 
 def _merged(
-    adapter: PeftAdapter, model_dir: Path, config: Qwen2Config
+    adapter: PeftAdapter, model_dir: Path, config: QwenConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
     read = make_reader(config, check_tensor_names(model_dir, config))
     for name in hf_shapes(config):

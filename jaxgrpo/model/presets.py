@@ -10,7 +10,7 @@ from jaxgrpo.mesh import ONE_CPU, Device
 
 
 @dataclass(frozen=True)
-class Qwen2Config:
+class QwenConfig:
     """Shapes and constants of a Qwen2 or dense Qwen3 model, named as in its config.json.
 
     The two differ in their values alone: Qwen2's projections of queries, keys and values have a
@@ -72,8 +72,8 @@ class Qwen2Config:
         return self.num_layers * per_layer + embeddings + self.hidden_size
 
 
-def _qwen3(*shape: int, tie_word_embeddings: bool = True) -> Qwen2Config:
-    return Qwen2Config(
+def _qwen3(*shape: int, tie_word_embeddings: bool = True) -> QwenConfig:
+    return QwenConfig(
         151936,
         *shape,
         num_kv_heads=8,
@@ -85,10 +85,10 @@ def _qwen3(*shape: int, tie_word_embeddings: bool = True) -> Qwen2Config:
 
 
 PRESETS = {
-    "qwen2.5-0.5b": Qwen2Config(151936, 896, 4864, 24, 14, 2, 64),
-    "qwen2.5-1.5b": Qwen2Config(151936, 1536, 8960, 28, 12, 2, 128),
-    "qwen2.5-3b": Qwen2Config(151936, 2048, 11008, 36, 16, 2, 128),
-    "qwen2.5-7b": Qwen2Config(152064, 3584, 18944, 28, 28, 4, 128, tie_word_embeddings=False),
+    "qwen2.5-0.5b": QwenConfig(151936, 896, 4864, 24, 14, 2, 64),
+    "qwen2.5-1.5b": QwenConfig(151936, 1536, 8960, 28, 12, 2, 128),
+    "qwen2.5-3b": QwenConfig(151936, 2048, 11008, 36, 16, 2, 128),
+    "qwen2.5-7b": QwenConfig(152064, 3584, 18944, 28, 28, 4, 128, tie_word_embeddings=False),
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, 16),
     "qwen3-4b": _qwen3(2560, 9728, 36, 32),

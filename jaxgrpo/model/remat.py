@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.types import Packing
 
 PRODUCTS = ("normed", "q", "k", "v", "attended", "residual", "gate_up", "gated", "down")
-"""What goes into matrix products and comes out of them, by the names that `qwen2` gives. `down` is
+"""What goes into matrix products and comes out of them, by the names that `qwen` gives. `down` is
 an adapter's inner value. Inputs are kept too: they exist in memory for the product anyway."""
 
 
@@ -30,7 +30,7 @@ def _keep_products(primitive: Any, *args: Any, **params: Any) -> Any:
     return _keep_named(primitive, *args, **params)
 
 
-def unroll_layers(config: Qwen2Config, remat: str) -> bool:
+def unroll_layers(config: QwenConfig, remat: str) -> bool:
     """Whether training writes its layers out one after another.
 
     A loop stacks what it keeps for the backward pass, which on GPU costs two more copies of every
@@ -39,7 +39,7 @@ def unroll_layers(config: Qwen2Config, remat: str) -> bool:
     return remat in ("none", "products") and config.device.single_gpu
 
 
-def kept_bytes_per_token(config: Qwen2Config) -> int:
+def kept_bytes_per_token(config: QwenConfig) -> int:
     """What `products` keeps of one token, all layers together (adapters' inner values aside)."""
     shapes = config.module_shapes
     features = sum(shapes[m][1] for m in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
@@ -47,13 +47,13 @@ def kept_bytes_per_token(config: Qwen2Config) -> int:
     return config.num_layers * features * config.compute_dtype.itemsize
 
 
-def head_bytes(config: Qwen2Config, chunk_tokens: int) -> int:
+def head_bytes(config: QwenConfig, chunk_tokens: int) -> int:
     """A chunk of the head: scores and probabilities in float32, and those in the weights' dtype."""
     return chunk_tokens * config.vocab_size * (8 + config.compute_dtype.itemsize)
 
 
 def resolve_remat(
-    config: Qwen2Config, remat: str, *, tokens: int, attended: int, chunk_tokens: int
+    config: QwenConfig, remat: str, *, tokens: int, attended: int, chunk_tokens: int
 ) -> str:
     """`ModelConfig.remat` with `auto` resolved for a micro-batch: `products` if what it keeps fits,
     otherwise `full`. A device that does not tell its memory gets `full`.
@@ -81,7 +81,7 @@ def resolve_remat(
     return "products" if kept < room else "full"
 
 
-def remat_of_batch(config: Qwen2Config, remat: str, packing: Packing, chunk_tokens: int) -> str:
+def remat_of_batch(config: QwenConfig, remat: str, packing: Packing, chunk_tokens: int) -> str:
     """`resolve_remat` for one bin of each batch shard at a time."""
     shards, _, places = packing.tokens.shape
     held = shards // config.device.batch_shards

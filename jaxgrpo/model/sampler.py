@@ -27,8 +27,8 @@ from jaxgrpo.model.gated_product import (
 )
 from jaxgrpo.model.kv_cache import LayerCache, plain_attention, use_kernel, write_slot
 from jaxgrpo.model.lora import Adapter, scaled, side_by_side
-from jaxgrpo.model.presets import Qwen2Config
-from jaxgrpo.model.qwen2 import swiglu
+from jaxgrpo.model.presets import QwenConfig
+from jaxgrpo.model.qwen import swiglu
 from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.types import Tree
 
@@ -58,7 +58,7 @@ class Linear(NamedTuple):
     b: Float[Array, "r o"] | None = None
 
 
-def sampler_layer(config: Qwen2Config, layer: Tree, lora: Tree, plan: Tree) -> Tree:
+def sampler_layer(config: QwenConfig, layer: Tree, lora: Tree, plan: Tree) -> Tree:
     """One layer's weights, kernels [i, o] and adapters a [i, R], b [R, o], as the sampler wants
     them; module -> Linear, and the norms' scales."""
     adapters = {
@@ -145,7 +145,7 @@ def beside(kernel: jax.Array, adapter: Adapter | None, missing: int = 0) -> Line
     return Linear(jnp.concatenate([kernel, a], axis=1), b=b)
 
 
-def linear(config: Qwen2Config, x: Float[Array, "... i"], weights: Linear) -> Float[Array, "... o"]:
+def linear(config: QwenConfig, x: Float[Array, "... i"], weights: Linear) -> Float[Array, "... o"]:
     """x W + (x a) b + bias; of tiles silu(gate) * up."""
     kernel, bias, a, b = weights
     if kernel.ndim == 4:
@@ -163,7 +163,7 @@ def linear(config: Qwen2Config, x: Float[Array, "... i"], weights: Linear) -> Fl
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _beside_inner(config: Qwen2Config, x: jax.Array, a: jax.Array) -> jax.Array:
+def _beside_inner(config: QwenConfig, x: jax.Array, a: jax.Array) -> jax.Array:
     """[x | x a]. For few rows the inner axis is cut into parts that the card computes side by
     side: the thin product by itself keeps a handful of its multiprocessors busy."""
     if x.ndim != 2 or not use_kernel(config):
@@ -185,13 +185,13 @@ def _product_in_parts(x: jax.Array, kernel: jax.Array, parts: int) -> Float[Arra
     return jnp.sum(products, axis=0)
 
 
-def _norm(config: Qwen2Config, x: jax.Array, scale: jax.Array) -> jax.Array:
+def _norm(config: QwenConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
     h = rms_norm(x, scale, config.rms_norm_eps)
     # Or XLA makes the norm again while it copies it beside the adapters' inner values.
     return jax.lax.optimization_barrier(h) if use_kernel(config) else h
 
 
-def _qkv(config: Qwen2Config, layer: Tree, x: jax.Array) -> Float[Array, "... heads H"]:
+def _qkv(config: QwenConfig, layer: Tree, x: jax.Array) -> Float[Array, "... heads H"]:
     """Queries, keys and values of all heads, not yet rotated.
 
     Queries and keys are normalised here for `decode_attention` too: by training's own `rms_norm`,
@@ -210,18 +210,18 @@ def _qkv(config: Qwen2Config, layer: Tree, x: jax.Array) -> Float[Array, "... he
     return jnp.concatenate([q, k, v], axis=-2)
 
 
-def _heads(config: Qwen2Config, qkv: jax.Array) -> list[jax.Array]:
+def _heads(config: QwenConfig, qkv: jax.Array) -> list[jax.Array]:
     return jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=-2)
 
 
 def _rotated(
-    config: Qwen2Config, qkv: jax.Array, rope: Rope
+    config: QwenConfig, qkv: jax.Array, rope: Rope
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, k, v = _heads(config, qkv)
     return apply_rotary(q, rope), apply_rotary(k, rope), v
 
 
-def _gated(config: Qwen2Config, layer: Tree, x: jax.Array) -> jax.Array:
+def _gated(config: QwenConfig, layer: Tree, x: jax.Array) -> jax.Array:
     """silu(gate) * up."""
     h = _norm(config, x, layer["post_attention_layernorm"])
     if "gate_up" not in layer:
@@ -232,7 +232,7 @@ def _gated(config: Qwen2Config, layer: Tree, x: jax.Array) -> jax.Array:
 
 
 def prefill_layer(
-    config: Qwen2Config,
+    config: QwenConfig,
     layer: Tree,
     x: Float[Array, "P S D"],
     rope: Rope,
@@ -249,7 +249,7 @@ def prefill_layer(
 
 
 def decode_layer(
-    config: Qwen2Config,
+    config: QwenConfig,
     layer: Tree,
     x: Float[Array, "B D"],
     at: DecodePosition,

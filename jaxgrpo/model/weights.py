@@ -19,8 +19,8 @@ from rich.console import Console
 from jaxgrpo.config import EMBEDDED, MODULES, ConfigError
 from jaxgrpo.mesh import device_of, sharding
 from jaxgrpo.model.api import base_logical_axes
-from jaxgrpo.model.hf_config import check_generation_config, eos_token_ids, qwen2_config
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.hf_config import check_generation_config, eos_token_ids, qwen_config
+from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.safe_files import (
     contained,
     open_safetensors,
@@ -72,14 +72,14 @@ def resolve_model_dir(
         ) from None
 
 
-def read_qwen2_config(directory: Path, dtype: str) -> Qwen2Config:
+def read_qwen_config(directory: Path, dtype: str) -> QwenConfig:
     """Shapes and constants, from config.json.
 
     Raises:
         ConfigError: no model of a kind that is computed here; the field is named.
     """
     path = contained(directory, "config.json")
-    return qwen2_config(read_json_object(path), dtype, f"{directory}/config.json")
+    return qwen_config(read_json_object(path), dtype, f"{directory}/config.json")
 
 
 def read_eos_token_ids(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -117,7 +117,7 @@ def weights_sha256(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def check_tensor_names(directory: Path, config: Qwen2Config) -> dict[str, Path]:
+def check_tensor_names(directory: Path, config: QwenConfig) -> dict[str, Path]:
     """Tensor name -> file, after checking from the headers alone that none is missing or extra.
 
     Raises:
@@ -133,7 +133,7 @@ def load_model(
     dtype: str,
     mesh: Mesh | None = None,
     console: Console | None = None,
-) -> tuple[Qwen2Config, Tree]:
+) -> tuple[QwenConfig, Tree]:
     """Reads config and weights, each leaf sharded over `mesh` as soon as it is complete.
 
     Args:
@@ -143,7 +143,7 @@ def load_model(
         ConfigError: a missing, extra, misshaped or truncated tensor or file, naming it; an index
             that points outside its directory; a tied head that is not the embedding.
     """
-    config = read_qwen2_config(directory, dtype)
+    config = read_qwen_config(directory, dtype)
     if mesh is not None:
         config = dataclasses.replace(config, device=device_of(mesh))
     files = check_tensor_names(directory, config)
@@ -161,7 +161,7 @@ def load_model(
 
 
 def _check_tied_head(
-    config: Qwen2Config, files: dict[str, Path], read: Callable[[str], np.ndarray]
+    config: QwenConfig, files: dict[str, Path], read: Callable[[str], np.ndarray]
 ) -> None:
     """transformers unties a head that differs from the embedding, whatever config.json says; here
     the two have to agree."""
@@ -174,7 +174,7 @@ def _check_tied_head(
             )
 
 
-def make_reader(config: Qwen2Config, files: dict[str, Path]) -> Callable[[str], np.ndarray]:
+def make_reader(config: QwenConfig, files: dict[str, Path]) -> Callable[[str], np.ndarray]:
     """Tensor name -> its array in the compute dtype, of the shape that config.json says."""
     readers = {file: open_safetensors(file) for file in set(files.values())}
     expected = hf_shapes(config)
@@ -192,7 +192,7 @@ def make_reader(config: Qwen2Config, files: dict[str, Path]) -> Callable[[str], 
     return read
 
 
-def _build(config: Qwen2Config, read: Callable[[str], np.ndarray], mesh: Mesh | None) -> Tree:
+def _build(config: QwenConfig, read: Callable[[str], np.ndarray], mesh: Mesh | None) -> Tree:
     """Stacks layers leaf by leaf, so that the host holds one leaf at a time."""
     axes = base_logical_axes(config)
 
@@ -238,7 +238,7 @@ def hf_module(module: str) -> str:
     return f"mlp.{module}" if module in MODULES else module
 
 
-def hf_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
+def hf_shapes(config: QwenConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint of this config must hold, by its Hugging Face name."""
     embed, vocab = config.hidden_size, config.vocab_size
     shapes: dict[str, tuple[int, ...]] = {
@@ -263,7 +263,7 @@ def hf_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
 def _check_names(
     expected: dict[str, tuple[int, ...]],
     files: dict[str, Path],
-    config: Qwen2Config,
+    config: QwenConfig,
     directory: Path,
 ) -> None:
     missing = sorted(set(expected) - set(files))

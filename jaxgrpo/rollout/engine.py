@@ -20,7 +20,7 @@ from jaxgrpo.config import RolloutConfig
 from jaxgrpo.mesh import Device, constrain
 from jaxgrpo.model.api import (
     PromptCache,
-    Qwen2Config,
+    QwenConfig,
     cache_slots,
     decode_step,
     init_completion_cache,
@@ -105,7 +105,7 @@ def batch_sizes(rows: int, device: Device) -> tuple[int, ...]:
 class _Sampler:
     """What sampling is compiled for; of the stop rules, what is looked up by token."""
 
-    model: Qwen2Config
+    model: QwenConfig
     rollout: RolloutConfig
     stop_ids: Int[Array, " ids"]
     transitions: Int[Array, "states V"] | None
@@ -196,7 +196,7 @@ class _Sampler:
 
 
 def make_generate(
-    model_config: Qwen2Config, rollout: RolloutConfig, stop: StopRules, group_size: int
+    model_config: QwenConfig, rollout: RolloutConfig, stop: StopRules, group_size: int
 ) -> Generate:
     """Jits (weights, prompt_tokens [P, S], prompt_mask [P, S], key, caps [B] = none) -> Rollout of
     B = P*G rows.

@@ -52,11 +52,11 @@ class Planner:
         """Layers and module shapes: as the profile's run recorded them, or from config.json."""
         if found := read_profile_model(self.config):
             return found
-        from jaxgrpo.model.weights import read_qwen2_config, resolve_model_dir
+        from jaxgrpo.model.weights import read_qwen_config, resolve_model_dir
 
         settings = self.config.model
         directory = resolve_model_dir(settings.path, settings.revision, ["config.json"])
-        model = read_qwen2_config(directory, "float32")
+        model = read_qwen_config(directory, "float32")
         return {"layers": model.num_layers, "module_shapes": model.module_shapes}
 
     @property

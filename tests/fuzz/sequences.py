@@ -32,7 +32,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import jaxgrpo.iteration
-from jaxgrpo.model.hf_config import qwen2_config
+from jaxgrpo.model.hf_config import qwen_config
 from jaxgrpo.model.peft_files import LoraModule, PeftAdapter, write_peft
 from jaxgrpo.model.weights import EMBEDDED_DIR, hf_shapes
 from jaxgrpo.run import main
@@ -113,7 +113,7 @@ def write_inputs(root: Path) -> None:
     raw |= {"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": None}
     (model / "config.json").write_text(json.dumps(raw))
     rng = np.random.default_rng(0)
-    config = qwen2_config(raw, "float32", "config.json")
+    config = qwen_config(raw, "float32", "config.json")
     weights = {
         name: rng.normal(size=shape, scale=0.3).astype(np.float32)
         for name, shape in hf_shapes(config).items()

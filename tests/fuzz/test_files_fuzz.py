@@ -27,9 +27,9 @@ ATTENTION = [f"model.layers.{i}.self_attn.{m}_proj" for i in (0, 1, 7) for m in 
 @pytest.fixture(scope="module")
 def model():
     """Shapes of the embedded model."""
-    from jaxgrpo.model.weights import read_qwen2_config
+    from jaxgrpo.model.weights import read_qwen_config
 
-    return read_qwen2_config(EMBEDDED_DIR, "float32")
+    return read_qwen_config(EMBEDDED_DIR, "float32")
 
 
 ENTRIES = st.fixed_dictionaries(

@@ -13,7 +13,7 @@ from jaxgrpo.model.weights import (
     EMBEDDED_DIR,
     check_tensor_names,
     read_eos_token_ids,
-    read_qwen2_config,
+    read_qwen_config,
 )
 from jaxgrpo.rollout.stop import end_token_ids, make_stop_rules
 from jaxgrpo.session import check_vocabulary
@@ -84,7 +84,7 @@ def model_dir(tmp_path):
 
 def open_directory(directory) -> None:
     """What every command does with a model directory before it loads the weights."""
-    config = read_qwen2_config(directory, "float32")
+    config = read_qwen_config(directory, "float32")
     check_tensor_names(directory, config)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config)

@@ -13,7 +13,7 @@ from jaxgrpo.grpo.step import StepSettings, make_gradients
 from jaxgrpo.mesh import device_of, make_mesh
 from jaxgrpo.model import kv_cache
 from jaxgrpo.model.api import (
-    Qwen2Config,
+    QwenConfig,
     device_plan,
     init_base,
     init_lora,
@@ -52,7 +52,7 @@ def device():
 
 
 def make_config(dtype):
-    return Qwen2Config(
+    return QwenConfig(
         **SHAPES,
         num_layers=LAYERS,
         num_heads=6,
@@ -83,7 +83,7 @@ def test_decode_attention_of_bfloat16(slot):
     """Within bfloat16's rounding of the plain computation in float32 on the same values."""
     rng = np.random.default_rng(slot)
     prompts, group, slots, width = 5, 4, 128, 256
-    config = Qwen2Config(61, 12 * 128, 80, num_layers=1, num_heads=12, num_kv_heads=2, head_dim=128)
+    config = QwenConfig(61, 12 * 128, 80, num_layers=1, num_heads=12, num_kv_heads=2, head_dim=128)
 
     def array(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)

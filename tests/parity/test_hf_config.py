@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from jaxgrpo.config import ConfigError
 from jaxgrpo.model.api import hidden_states, logits
-from jaxgrpo.model.hf_config import config_fields, qwen2_config
+from jaxgrpo.model.hf_config import config_fields, qwen_config
 from jaxgrpo.model.presets import PRESETS
-from jaxgrpo.model.weights import load_model, read_eos_token_ids, read_qwen2_config
+from jaxgrpo.model.weights import load_model, read_eos_token_ids, read_qwen_config
 from tests.hf_models import make_hf_model
 
 TOLERANCE = 1e-4  # max abs difference of float32 logits, as in test_model.py
@@ -208,7 +208,7 @@ def test_what_is_not_computed_of_qwen3_is_refused_by_name(qwen3_dir, changes, me
 def test_the_size_of_a_head_is_transformers_own_where_none_is_named(qwen3_dir):
     edit(qwen3_dir / "config.json", {"head_dim": DROP})
     theirs = AutoConfig.from_pretrained(qwen3_dir).head_dim
-    assert read_qwen2_config(qwen3_dir, "float32").head_dim == theirs == 128
+    assert read_qwen_config(qwen3_dir, "float32").head_dim == theirs == 128
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -217,7 +217,7 @@ def test_the_published_shapes_are_transformers_of_the_same_fields(name):
     preset, fields = PRESETS[name], config_fields(PRESETS[name])
     theirs = AutoConfig.for_model(**fields)
     for raw in (fields, theirs.to_dict()):
-        assert qwen2_config(raw, preset.dtype, name) == preset
+        assert qwen_config(raw, preset.dtype, name) == preset
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs)
     assert sum(p.numel() for p in model.parameters()) == preset.num_parameters
@@ -226,7 +226,7 @@ def test_the_published_shapes_are_transformers_of_the_same_fields(name):
 def test_as_many_kv_heads_as_queries_where_the_key_is_empty(model_dir):
     edit(model_dir / "config.json", {"num_key_value_heads": None})
     assert AutoConfig.from_pretrained(model_dir).num_key_value_heads == 4
-    assert read_qwen2_config(model_dir, "float32").num_kv_heads == 4
+    assert read_qwen_config(model_dir, "float32").num_kv_heads == 4
 
 
 @pytest.mark.parametrize("value", [2, [2], [2, 3], [], None, DROP])

@@ -25,7 +25,7 @@ from jaxgrpo.model.lora import (
     project,
     project_joined,
 )
-from jaxgrpo.model.presets import Qwen2Config
+from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.remat import checkpoint_policy, unroll_layers
 from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.types import Adapters, Packing, Tree
@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.epsilon)
 
 
-def join_adapters(config: Qwen2Config, base: Tree, adapters: Adapters, remat: str) -> Adapters:
+def join_adapters(config: QwenConfig, base: Tree, adapters: Adapters, remat: str) -> Adapters:
     """The adapters with each layer's matrices for `fused_product`: made once a step, where every
     micro-batch would write them anew in either direction. Stacked, or a tuple of one tree per layer
     where `remat` writes layers out; none where adapters are not fused."""
@@ -92,7 +92,7 @@ def _name_of(modules: tuple[str, ...]) -> str:
 class Block(nn.Module):
     """One layer as training runs it; `sampler.py` has the sampler's."""
 
-    config: Qwen2Config
+    config: QwenConfig
 
     def setup(self) -> None:
         config, dtype = self.config, self.config.compute_dtype
@@ -168,10 +168,10 @@ class Block(nn.Module):
         return constrain(x, "act_batch", "act_length", "act_embed"), None
 
 
-class Qwen2(nn.Module):
+class Qwen(nn.Module):
     """Embedding, scanned layers, final norm. Returns hidden states; the head is `api.logits`."""
 
-    config: Qwen2Config
+    config: QwenConfig
     remat: str = "none"
 
     @nn.compact
