@@ -29,7 +29,8 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "model",
     "embed": "fsdp",
     "q_heads": "model",
-    # Qwen2.5 has 2 key/value heads up to 3B and 4 at 7B, fewer than a model axis may have devices.
+    # Qwen2.5 has 2 key/value heads up to 3B and 4 at 7B, fewer than a model axis may have devices,
+    # and Qwen3 has 8.
     "kv_heads": None,
     "head_dim": None,
     "mlp": "model",

@@ -12,20 +12,21 @@ EMBEDDED = "embedded"
 """The `model.path` and `data.path` value that means: what ships with the package."""
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The seven projections of a Qwen2 layer, by their Hugging Face names."""
+"""The seven projections of a layer, by their Hugging Face names."""
 
 MAX_RANK = 2**16
-"""No projection of a Qwen2 model is wide enough for a larger rank."""
+"""No projection of a known model is wide enough for a larger rank."""
 
 ScaleRule = Literal["constant", "rslora", "alpha_over_r"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which Qwen2-architecture model, and how it computes."""
+    """Which model, of a family that `model/hf_config.py` knows, and how it computes."""
 
     path: str = EMBEDDED
-    """`embedded`, a local Hugging Face directory, or a hub id (Qwen/Qwen2.5-1.5B-Instruct)."""
+    """`embedded`, a local Hugging Face directory, or a hub id (Qwen/Qwen2.5-1.5B-Instruct,
+    Qwen/Qwen3-0.6B)."""
     revision: str | None = None
     """Branch, tag or commit, for a hub id only."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -48,7 +48,7 @@ def adapter_from_lora(lora: Tree, plan: RankPlan, base_model: str) -> PeftAdapte
 
 @dataclass(frozen=True)
 class StackedAdapter:
-    """An adapter of a Qwen2 model, stacked over its layers.
+    """An adapter of a model, stacked over its layers.
 
     Attributes:
         ranks: module -> int [L]; modules without any adapter are absent.
@@ -107,7 +107,7 @@ def stack_adapter(adapter: PeftAdapter, config: QwenConfig, where: str) -> Stack
         match = _MODULE_NAME.fullmatch(name)
         if match is None or match[2] not in MODULES or not name.endswith(hf_module(match[2])):
             raise ConfigError(
-                f"{where}: the module {name!r:.120} is none of a Qwen2 layer's {', '.join(MODULES)}"
+                f"{where}: the module {name!r:.120} is none of a layer's {', '.join(MODULES)}"
             )
         layer, module = int(match[1]), match[2]
         if layer >= config.num_layers:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from jaxgrpo.mesh import Device
 
 BLOCK = 128
-"""Vocabulary entries per block of the two-level search; it divides Qwen2.5's vocabularies."""
+"""Vocabulary entries per block of the two-level search; it divides the published vocabularies."""
 
 _TILE = 8
 """Blocks per program of the kernel."""

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, as Qwen2 has it."""
+"""Root-mean-square normalisation, as Qwen2 and Qwen3 have it."""
 
 from __future__ import annotations
 

@@ -141,10 +141,20 @@ def _training(config: Mapping[str, Any]) -> str:
         + (f", loss {grpo['loss']}, rewards {rewards}" if objective == "grpo" else ""),
         f"- a step: {grpo['prompts_per_step']} prompts x {grpo['group_size']} completions of up to "
         f"{config['rollout']['max_completion_tokens']} tokens",
+        *_prompts(data),
         f"- AdamW, learning rate {optim['learning_rate']:g} ({optim['schedule']}), "
         f"seed {config['seed']}",
     ]
     return "## Training\n\n" + "\n".join(lines)
+
+
+def _prompts(data: Mapping[str, Any]) -> list[str]:
+    """What a prompt must be told to be like those of training."""
+    told = data.get("chat_template_kwargs")
+    if not told:
+        return []
+    said = ", ".join(f"{name}={value!r}" for name, value in told.items())
+    return [f"- prompts: `apply_chat_template(..., {said})`"]
 
 
 def _plan(plan: RankPlan, parameters: int | None) -> str:

@@ -134,7 +134,7 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
             continue
         if any(character not in table for character in text):
             raise ConfigError(
-                "rollout.stop_strings needs a byte-level BPE tokenizer (as Qwen2.5 has); token "
+                "rollout.stop_strings needs a byte-level BPE tokenizer (as Qwen has); token "
                 f"{index} {text!r} is not made of bytes. Use rollout.stop_token_ids"
             )
         tokens[index] = bytes(table[character] for character in text)

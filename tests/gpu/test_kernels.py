@@ -51,12 +51,18 @@ def device():
     return device_of(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
 
 
-def make_config(dtype):
+FAMILIES = {
+    "qwen2": {"num_heads": 6, "num_kv_heads": 1},
+    "qwen3": {"num_heads": 12, "num_kv_heads": 4, "qkv_bias": False, "qk_norm": True},
+}
+"""Heads that make up the hidden size, and with norms heads that are twice as much."""
+
+
+def make_config(dtype, family="qwen2"):
     return QwenConfig(
         **SHAPES,
+        **FAMILIES[family],
         num_layers=LAYERS,
-        num_heads=6,
-        num_kv_heads=1,
         head_dim=128,
         dtype=dtype,
         device=device(),
@@ -143,12 +149,13 @@ def test_block_statistics(vocab):
     chex.assert_trees_all_close(moments.sum(axis=1), moment, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
-def test_sampled_log_probs_equal_the_trainers(monkeypatch, dtype, tolerance):
+def test_sampled_log_probs_equal_the_trainers(monkeypatch, dtype, tolerance, family):
     """Through shrinking batches; mean difference in bfloat16 <= 0.01."""
     monkeypatch.setattr(engine, "MIN_BATCH", 16)
     with jax.default_matmul_precision("highest"):
-        config = make_config(dtype)
+        config = make_config(dtype, family)
         base, lora = make_weights(config)
         tokens, mask = make_prompts()
         rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=TEMPERATURE)
@@ -200,8 +207,10 @@ def test_shrinking_samples_the_same_tokens(monkeypatch):
     assert not kv_cache.use_kernel(config)
 
 
-@pytest.mark.parametrize("remat", ["full", "products"])
-def test_packed_gradients_of_bfloat16(remat):
+@pytest.mark.parametrize(
+    ("family", "remat"), [("qwen2", "full"), ("qwen2", "products"), ("qwen3", "products")]
+)
+def test_packed_gradients_of_bfloat16(family, remat):
     """cuDNN attention, fused adapters and written-out layers against float32 on whole rows."""
     rng = np.random.default_rng(0)
     rows = random_rows(rng, 1280, 8, GROUP, 64, WIDTH)
@@ -210,11 +219,12 @@ def test_packed_gradients_of_bfloat16(remat):
     assert batch.packing.count > 1
     grpo = GrpoConfig(prompts_per_step=8, group_size=GROUP, logprob_chunk_tokens=256)
     plan = device_plan(PLAN)
-    base, lora = make_weights(make_config("float32"))
+    exact = make_config("float32", family)
+    base, lora = make_weights(exact)
 
     def whole_loss(lora):
         logprobs, _ = completion_logprobs(
-            make_config("float32"), base, Adapters(lora, plan), *rows.whole,
+            exact, base, Adapters(lora, plan), *rows.whole,
             temperature=TEMPERATURE, chunk_tokens=256,
         )  # fmt: skip
         weights = token_weights(grpo.loss, batch.loss_mask, WIDTH)
@@ -222,7 +232,7 @@ def test_packed_gradients_of_bfloat16(remat):
 
     with jax.default_matmul_precision("highest"):
         loss, want = jax.jit(jax.value_and_grad(whole_loss))(lora)
-    config = make_config("bfloat16")
+    config = make_config("bfloat16", family)
     gradients = make_gradients(config, StepSettings(grpo, TEMPERATURE, WIDTH, remat))
     rounded = jax.tree.map(lambda x: x.astype(config.compute_dtype), base)
     got_loss, got = jax.jit(gradients)(rounded, Adapters(lora, plan), batch)[:2]
