@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import jax
@@ -22,6 +23,7 @@ class Compiled:
 
 
 _so_far = Compiled()
+_counting = threading.Lock()
 
 
 def compiled() -> Compiled:
@@ -32,7 +34,8 @@ def compiled() -> Compiled:
 def _heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
     global _so_far
     if event == _EVENT:
-        _so_far = Compiled(_so_far.programs + 1, _so_far.seconds + duration_secs)
+        with _counting:
+            _so_far = Compiled(_so_far.programs + 1, _so_far.seconds + duration_secs)
 
 
 jax.monitoring.register_event_duration_secs_listener(_heard)

@@ -14,7 +14,7 @@ from jaxgrpo.checkpoint import check_same_policy, read_adapter
 from jaxgrpo.config import Config
 from jaxgrpo.evaluate import EvalPlace, EvalResult, EvalTask, evaluate, evaluation_inputs
 from jaxgrpo.iteration import Programs, make_programs
-from jaxgrpo.model.api import make_decode_weights
+from jaxgrpo.model.weights import weights_sha256
 from jaxgrpo.processes import check_shared, first_process
 from jaxgrpo.records.run_directory import RunDirectory, hash_inputs
 from jaxgrpo.session import Session, open_session
@@ -35,7 +35,7 @@ def run_eval(
     """
     config = session.config
     adapters = None if lora is None else session.adapters(lora)
-    weights = make_decode_weights(session.model_config, session.base, adapters)
+    weights = programs.decode_weights(session.base, adapters)
     task = EvalTask(
         config, session.eval_prompts, session.tokenizer, session.eval_reward, session.mesh
     )
@@ -53,7 +53,7 @@ def run_eval(
 def start_policy(session: Session) -> str:
     """What training starts from, by name and content."""
     if session.adapter is None:
-        return "the base model"
+        return f"the base model (sha256 {weights_sha256(session.model_dir)[:12]})"
     return f"lora.adapter {session.config.lora.adapter} (sha256 {session.adapter.sha256()[:12]})"
 
 

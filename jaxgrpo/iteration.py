@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,8 +40,13 @@ from jaxgrpo.types import (
 
 @dataclass(frozen=True)
 class Programs:
-    """The compiled programs of a run; each takes the plan as an argument."""
+    """The compiled programs of a run; each takes the plan as an argument.
 
+    Attributes:
+        decode_weights: (base, adapters) -> the sampler's weights.
+    """
+
+    decode_weights: Callable[..., Tree]
     generate: Callable[..., Rollout]
     generate_eval: Callable[..., Rollout]
     generate_greedy: Callable[..., Rollout]
@@ -63,6 +69,7 @@ def make_programs(session: Session) -> Programs:
     config = session.config
     optimizer = make_optimizer(config.optim, config.steps * config.grpo.num_iterations)
     return Programs(
+        decode_weights=functools.partial(make_decode_weights, session.model_config),
         generate=session.make_generate(evaluation=False),
         generate_eval=session.make_generate(evaluation=True),
         generate_greedy=session.make_generate(evaluation=True, greedy=True),
@@ -159,7 +166,7 @@ def sample_rollout(
     """The prompts of a step and the policy's completions, on the host."""
     config = session.config
     prompts = session.train_prompts.batch(config.seed, step, config.grpo.prompts_per_step)
-    weights = make_decode_weights(session.model_config, session.base, session.adapters(lora))
+    weights = programs.decode_weights(session.base, session.adapters(lora))
     tokens, mask = shard_rows(session.mesh, (prompts.tokens, prompts.mask))
     key = fold_key(config.seed, step, Purpose.ROLLOUT)
     rollout = programs.generate(weights, tokens, mask, key)

@@ -26,7 +26,13 @@ from jaxgrpo.mesh import (
     sharding,
 )
 from jaxgrpo.model.adapters import StackedAdapter, stack_adapter
-from jaxgrpo.model.api import QwenConfig, device_plan, init_lora, lora_logical_axes
+from jaxgrpo.model.api import (
+    QwenConfig,
+    describe_base,
+    device_plan,
+    init_lora,
+    lora_logical_axes,
+)
 from jaxgrpo.model.peft_files import read_peft
 from jaxgrpo.model.weights import (
     check_tensor_names,
@@ -52,7 +58,7 @@ class Session:
     """What a configuration resolves to; nothing in it changes during a run.
 
     Attributes:
-        base: the frozen weights, sharded over the mesh.
+        base: the frozen weights, sharded over the mesh; before `load` their description.
         plan: ranks on the host; `device_plan` is the same as arrays.
         adapter: what training starts from, if not from fresh adapters.
         train_prompts, eval_prompts: where prompts come from.
@@ -105,6 +111,16 @@ class Session:
         """The same run with other ranks."""
         on_device = replicate(self.mesh, device_plan(plan))
         return dataclasses.replace(self, plan=plan, device_plan=on_device)
+
+    def load(self, console: Console | None = None) -> Session:
+        """The same session with its weights.
+
+        Raises:
+            ConfigError: a tensor is misshaped or truncated; it is named.
+        """
+        dtype = self.model_config.dtype
+        _, base = load_model(self.model_dir, dtype, self.mesh, console)
+        return dataclasses.replace(self, base=base)
 
     def init_lora(self) -> Tree:
         """Fresh adapters for this seed, or those of `lora.adapter`, sharded."""
@@ -185,7 +201,12 @@ def open_model(config: Config) -> OpenModel:
 
 
 def open_session(config: Config, console: Console | None = None) -> Session:
-    """Resolves paths, checks every cross-field rule, then loads; the console shows the progress.
+    """`describe_session`, and its weights; the console shows the progress."""
+    return describe_session(config).load(console)
+
+
+def describe_session(config: Config) -> Session:
+    """Resolves paths and checks every cross-field rule; the weights are described, not loaded.
 
     Raises:
         ConfigError: anything the user has to mend. Cheap checks come before slow ones, and nothing
@@ -207,13 +228,12 @@ def open_session(config: Config, console: Console | None = None) -> Session:
         PromptSource(problems, model.tokenizer, config.data, left_out)
         for problems, left_out in found
     )
-    model_config, base = model.load(console)
     session = Session(
         config=config,
         mesh=model.mesh,
         model_dir=model.model_dir,
-        model_config=model_config,
-        base=base,
+        model_config=model.model_config,
+        base=describe_base(model.model_config, model.mesh),
         plan=model.plan,
         device_plan=replicate(model.mesh, device_plan(model.plan)),
         tokenizer=model.tokenizer,

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from jaxgrpo import __version__
 from jaxgrpo.checkpoint import Checkpoints, numbered
+from jaxgrpo.compile_ahead import compile_ahead
 from jaxgrpo.compiles import Compiled, compiled
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import dump_config, encode_config, flat_settings
@@ -33,7 +34,7 @@ from jaxgrpo.records.metrics import MetricWriter, completions_table
 from jaxgrpo.records.model_card import CardFacts, scores_of, write_card
 from jaxgrpo.records.progress import ProgressBar
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json, atomic_write_text
-from jaxgrpo.session import Session, open_session, warn_user
+from jaxgrpo.session import Session, describe_session, warn_user
 from jaxgrpo.types import TrainState, Tree
 
 
@@ -59,10 +60,12 @@ def train(config: Config, console: Console) -> TrainResult:
     Raises:
         ConfigError: before anything is written, if the configuration cannot run.
     """
-    session = open_session(config, console)
+    session = describe_session(config)
     warn_user(config, session, console)
     with jax.set_mesh(session.mesh):
-        return train_session(session, make_programs(session), console)
+        evaluates = config.eval.before_training
+        programs = compile_ahead(session, make_programs(session), evaluates=evaluates)
+        return train_session(session.load(console), programs, console)
 
 
 def train_session(
@@ -182,7 +185,8 @@ class Loop:
     ) -> tuple[TrainState, dict[str, float]]:
         """One step with what it writes: metrics, completions, a checkpoint when one is due."""
         config, done = self.session.config, step + 1
-        before = compiled()
+        # Of the first step all since the process began: its programs compile before it.
+        before = compiled() if self.compiled_by_step else Compiled()
         try:
             state, result = run_step(
                 self.session, self.programs, state, step, lambda phase: bar.at(phase, step)
@@ -252,7 +256,8 @@ class Loop:
             session.config, session.eval_prompts, policy
         ):
             return known
-        return self.evaluate(None if session.adapter is None else session.init_lora(), 0, policy)
+        # Fresh adapters are the base model, in the program that every later evaluation runs.
+        return self.evaluate(session.init_lora(), 0, policy)
 
     def evaluate(self, lora: Tree | None, step: int, policy: str | None = None) -> EvalResult:
         place = EvalPlace(self.run.eval, policy or f"step {step}", step)

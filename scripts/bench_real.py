@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write the figures to this file, as JSON")
     parser.add_argument("--run-peer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     words = [f"model.path={args.model}", f"data.path={args.data}", f"steps={args.steps}"]
     words += [*NO_EVALUATION, *args.settings]
     try:

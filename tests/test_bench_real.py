@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,7 @@ def test_a_tiny_run_of_both_sides(tmp_path, peer):
         capture_output=True,
         text=True,
         timeout=900,
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config import MODULES, RolloutConfig
-from jaxgrpo.mesh import Device, MeshConfig, Purpose, fold_key, make_mesh, shard_rows, to_host
+from jaxgrpo.mesh import (
+    Device,
+    MeshConfig,
+    Purpose,
+    device_of,
+    fold_key,
+    make_mesh,
+    replicate,
+    shard_rows,
+    to_host,
+)
 from jaxgrpo.model.api import (
     QwenConfig,
     device_plan,
@@ -218,3 +228,68 @@ def test_eight_devices_sample_what_one_does():
         many = generate(weights, *shard_rows(mesh, (tokens, mask)), jax.random.key(0))
         many = to_host(many)
     chex.assert_trees_all_close(one, many, atol=1e-4, rtol=0)
+
+
+ARMS = (
+    PLAN,
+    RankPlan({"q_proj": np.array([4, 1, 3]), "up_proj": np.array([0, 0, 0])}, 4, 8.0, "rslora", 4),
+    RankPlan({"q_proj": np.array([2, 2, 2]), "up_proj": np.array([3, 1, 4])}, 4, 16.0, "rslora", 4),
+)
+
+
+@functools.cache
+def _arms():
+    """Adapters of three arms, each its own plan and values."""
+    found = []
+    for number, plan in enumerate(ARMS):
+        lora = init_lora(CONFIG, plan, jax.random.key(number))
+        noise = jax.random.key(100 + number)
+        lora = jax.tree.map(lambda x, k=noise: x + 0.3 * jax.random.normal(k, x.shape), lora)
+        found.append(Adapters(lora, device_plan(plan)))
+    return found
+
+
+@pytest.mark.parametrize("shrinks", [False, True], ids=["one batch", "while the batch shrinks"])
+def test_rows_of_an_arm_are_sampled_as_if_it_were_alone(monkeypatch, shrinks):
+    if shrinks:
+        monkeypatch.setattr(engine, "batch_sizes", lambda rows, device: (rows, rows // 2, 3))
+    keys = jax.random.split(jax.random.key(7), len(ARMS))
+    rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
+    tokens, mask = (jnp.asarray(x) for x in _prompts())
+    stop = StopRules((3, 5, 8, 13, 21, 34))
+    generate = make_generate(CONFIG, rollout, stop, GROUP)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *_arms())
+    # Prompts of its own for every arm: the first's, backwards.
+    prompts = [(tokens, mask), (tokens[::-1], mask[::-1]), (tokens, mask)]
+    together = generate(
+        make_decode_weights(CONFIG, _base(), stacked),
+        *(jnp.concatenate(x) for x in zip(*prompts, strict=True)),
+        keys,
+    )
+    check_rollout(together)
+    count = len(tokens) * GROUP
+    for number, (adapters, own) in enumerate(zip(_arms(), prompts, strict=True)):
+        alone = generate(make_decode_weights(CONFIG, _base(), adapters), *own, keys[number])
+        mine = jax.tree.map(lambda x, n=number: x[n * count : (n + 1) * count], together)
+        for name in ("tokens", "lengths", "finish_reasons", "mask"):
+            chex.assert_trees_all_equal(getattr(mine, name), getattr(alone, name))
+        chex.assert_trees_all_close(mine.logprobs, alone.logprobs, rtol=1e-5)
+    assert len(np.unique(together.lengths)) > 2
+
+
+def test_arms_on_a_mesh_are_those_of_one_device():
+    keys = jax.random.split(jax.random.key(7), len(ARMS))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *_arms())
+    tokens, mask = (np.tile(x, (len(ARMS), 1)) for x in _prompts())
+    rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
+    found = []
+    for sizes in (MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)):
+        mesh = make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.model])
+        config = dataclasses.replace(CONFIG, device=device_of(mesh))
+        generate = make_generate(config, rollout, NEVER, GROUP)
+        with jax.set_mesh(mesh):
+            weights = make_decode_weights(config, *replicate(mesh, (_base(), stacked)))
+            rows = shard_rows(mesh, (tokens, mask))
+            found.append(to_host(generate(weights, *rows, keys)))
+    chex.assert_trees_all_equal(found[0].tokens, found[1].tokens)
+    chex.assert_trees_all_close(found[0].logprobs, found[1].logprobs, atol=1e-5)

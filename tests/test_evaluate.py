@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ from jaxgrpo.evaluate import (
     pass_at_k,
     read_eval,
 )
+from jaxgrpo.evaluate_run import start_policy
 from jaxgrpo.mesh import make_mesh
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.model.weights import EMBEDDED_DIR, load_model
@@ -219,3 +222,14 @@ def test_two_evaluations_draw_the_same_noise_for_the_same_problem(run_eval, tmp_
     assert [len(record["correct"]) for record in first.records] == [2] * 6
     # The two samples of a problem are two draws.
     assert any(record["completions"][0] != record["completions"][1] for record in first.records)
+
+
+def test_the_base_model_is_known_by_its_weights(tmp_path):
+    policies = []
+    for change in (b"", b"", b"x"):
+        file = tmp_path / "model.safetensors"
+        file.write_bytes((EMBEDDED_DIR / "model.safetensors").read_bytes()[:-1] + (change or b"y"))
+        session: Any = SimpleNamespace(adapter=None, model_dir=tmp_path)
+        policies.append(start_policy(session))
+    assert policies[0] == policies[1] != policies[2]
+    assert all(policy.startswith("the base model (sha256 ") for policy in policies)

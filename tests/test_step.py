@@ -329,3 +329,49 @@ def test_eight_devices_are_one_and_keep_the_state_in_place(base, lora):
             lambda leaf, was: leaf.sharding.is_equivalent_to(was, leaf.ndim), state, before
         )
         assert all(jax.tree.leaves(stayed)), stayed
+
+
+def test_arms_in_one_step_are_updated_as_if_each_were_alone(base, lora, batch):
+    """Four arms: two plans, one of them with layers of rank 0, another learning rate, other rows,
+    and one whose update is not finite, which the others do not notice."""
+    plans = [make_plan(), make_plan((0, 3), (3, 3)), make_plan(), make_plan()]
+    rates = [1.0, 1.0, 0.3, 1.0]
+    broken = dataclasses.replace(batch, advantages=batch.advantages.at[0].set(np.nan))
+    others = np.random.default_rng(5).normal(size=len(batch.advantages)).astype(np.float32)
+    batches = [batch, make_batch(advantages=others), batch, broken]
+    step, optimizer = make_step(OptimConfig(learning_rate=1.0, max_grad_norm=0.1))
+
+    def fresh(number):
+        start = jax.tree.map(lambda x: jnp.array(x) * (1 + 0.1 * number), lora)
+        return init_train_state(start, optimizer)
+
+    arms = range(len(plans))
+    stacked = jax.tree.map(
+        lambda *x: jnp.stack(x),
+        *[(fresh(i), device_plan(plans[i]), batches[i], jnp.float32(rates[i])) for i in arms],
+    )
+    state, plan, rows, rate = stacked
+    for _ in range(2):
+        state, together = step(state, base, plan, rows, rate)
+    assert together.scalars["grpo/skipped_updates"].tolist() == [0, 0, 0, 2]
+    for i in arms:
+        alone = fresh(i)
+        for _ in range(2):
+            alone, found = step(
+                alone, base, device_plan(plans[i]), batches[i], jnp.float32(rates[i])
+            )
+        mine = jax.tree.map(lambda x, i=i: x[i], (state, together))
+        chex.assert_trees_all_close(mine, (alone, found), rtol=1e-5, atol=1e-6)
+    assert together.scalars["learning_rate"].tolist() == pytest.approx(rates)
+
+
+def test_another_learning_rate_in_the_step_is_the_one_of_an_optimizer(base, lora, batch):
+    plan, states = device_plan(make_plan()), []
+    for peak, factor in ((3e-3, None), (1.0, jnp.float32(3e-3))):
+        optim = OptimConfig(learning_rate=peak, weight_decay=0.1, schedule="cosine")
+        step, optimizer = make_step(optim)
+        state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
+        for _ in range(2):
+            state, found = step(state, base, plan, batch, factor)
+        states.append((state.lora, found.scalars))
+    chex.assert_trees_all_close(*states, rtol=1e-5, atol=1e-7)

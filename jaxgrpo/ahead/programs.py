@@ -22,9 +22,8 @@ from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step
 from jaxgrpo.mesh import batch_shards, sharding
 from jaxgrpo.model.api import (
     QwenConfig,
-    base_logical_axes,
+    describe_base,
     device_plan,
-    init_base,
     init_lora,
     lora_logical_axes,
     make_decode_weights,
@@ -63,14 +62,6 @@ def describe_arguments(
     """Shapes and shardings of a run's largest step."""
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def place(axes: Tree, tree: Tree) -> Tree:
-        return jax.tree.map(
-            lambda names, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, names)),
-            axes,
-            tree,
-            is_leaf=lambda x: isinstance(x, tuple),
-        )
-
     def replicated(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
 
@@ -78,7 +69,6 @@ def describe_arguments(
         names = ("act_batch", *(None,) * (len(shape) - 1))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, names))
 
-    base = jax.eval_shape(lambda: init_base(model, jax.random.key(0)))
     lora = jax.eval_shape(lambda: init_lora(model, plan, jax.random.key(0)))
     state = jax.eval_shape(lambda x: init_train_state(x, optimizer), lora)
     lora_axes = lora_logical_axes(plan.modules)
@@ -103,7 +93,7 @@ def describe_arguments(
         ref_logprobs=by_token if config.grpo.kl_coef > 0 else None,
     )
     return Arguments(
-        base=place(base_logical_axes(model), base),
+        base=describe_base(model, mesh),
         state=jax.tree_util.tree_map_with_path(like_lora, state),
         plan=replicated(jax.eval_shape(lambda: device_plan(plan))),
         prompt_tokens=rows((prompts, prompt), jnp.int32),

@@ -84,7 +84,7 @@ class StepSettings:
         )
 
 
-TrainStep = Callable[[TrainState, Tree, LoraPlan, TrainBatch], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 def init_train_state(
@@ -103,24 +103,33 @@ def init_train_state(
 def make_train_step(
     model_config: QwenConfig, settings: StepSettings, optimizer: optax.GradientTransformation
 ) -> TrainStep:
-    """Jits (state, base, plan, batch) -> (state, metrics); the old state's buffers are reused.
+    """Jits (state, base, plan, batch, learning_rate = none) -> (state, metrics); the old state's
+    buffers are reused.
 
     The plan is an argument, so another plan of the same max_rank runs in the same program. An
     update whose loss or gradient is not finite leaves everything as it was and counts in
     `skipped`. The padding of the adapters (ranks off the plan) never moves, weight decay included.
+    A `learning_rate` multiplies the optimizer's own.
+
+    With a leading axis on all of them but the base, they are those of several arms, each of which
+    is updated as if it were alone.
     """
     gradients = make_gradients(model_config, settings)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=model_config.device.options)
-    def train_step(
-        state: TrainState, base: Tree, plan: LoraPlan, batch: TrainBatch
+    def update(
+        base: Tree,
+        state: TrainState,
+        plan: LoraPlan,
+        batch: TrainBatch,
+        learning_rate: Float[Array, ""] | None,
     ) -> tuple[TrainState, StepMetrics]:
         adapters = Adapters(state.lora, plan)
         loss, grads, kernel_grads, logprobs, entropy = gradients(base, adapters, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
-        updates = mask_padding(cast(Tree, updates), plan)
+        factor = 1.0 if learning_rate is None else learning_rate
+        updates = jax.tree.map(lambda x: x * factor, mask_padding(cast(Tree, updates), plan))
         moved = TrainState(
             lora=cast(Tree, optax.apply_updates(state.lora, updates)),
             opt_state=opt_state,
@@ -139,11 +148,25 @@ def make_train_step(
             scalars["grpo/frac_rows_trained"] = jnp.mean(batch.trained, dtype=jnp.float32)
         scalars |= packing_metrics(batch.packing)
         scalars["grpo/skipped_updates"] = after.skipped.astype(jnp.float32)
-        learning_rate = learning_rate_in(opt_state)
-        if learning_rate is not None:
-            scalars["learning_rate"] = learning_rate
+        own_rate = learning_rate_in(opt_state)
+        if own_rate is not None:
+            scalars["learning_rate"] = own_rate * factor
         norms = layer_grad_norms(grads, plan, kernel_grads)
         return after, StepMetrics(scalars=scalars, layer_grad_norms=norms)
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=model_config.device.options)
+    def train_step(
+        state: TrainState,
+        base: Tree,
+        plan: LoraPlan,
+        batch: TrainBatch,
+        learning_rate: Float[Array, "..."] | None = None,
+    ) -> tuple[TrainState, StepMetrics]:
+        if state.step.ndim == 0:
+            return update(base, state, plan, batch, learning_rate)
+        # One after the other: the rows of one fill the device.
+        arms = (state, plan, batch, learning_rate)
+        return jax.lax.map(lambda arm: update(base, *arm), arms)
 
     return train_step
 
@@ -271,15 +294,15 @@ def _accumulate(
 def make_logprobs(
     model_config: QwenConfig, temperature: float, chunk_tokens: int, remat: str
 ) -> Callable[..., Float[Array, "B C"]]:
-    """Jits (base, adapters, batch) -> log-probs of the rows that are computed, 0 elsewhere.
+    """Jits (base, adapters, batch) -> log-probs of the rows that are computed, 0 elsewhere; with a
+    leading axis on adapters and batch, of several arms.
 
     With the policy's adapters it gives `old_logprobs`; with those of what training starts from,
     None as a rule, the same weights give `ref_logprobs`.
     """
     _check_temperature(temperature)
 
-    @functools.partial(jax.jit, compiler_options=model_config.device.options)
-    def logprobs(base: Tree, adapters: Adapters | None, batch: TrainBatch) -> Float[Array, "B C"]:
+    def of_arm(base: Tree, adapters: Adapters | None, batch: TrainBatch) -> Float[Array, "B C"]:
         if adapters is not None:
             adapters = join_adapters(model_config, base, adapters, remat)
         width = batch.loss_mask.shape[1]
@@ -298,6 +321,14 @@ def make_logprobs(
             return put_rows(into, completions_from_bins(found, packing, width), packing)
 
         return over_bins(batch.packing, score, jnp.zeros_like(batch.loss_mask))
+
+    @functools.partial(jax.jit, compiler_options=model_config.device.options)
+    def logprobs(
+        base: Tree, adapters: Adapters | None, batch: TrainBatch
+    ) -> Float[Array, "... B C"]:
+        if batch.loss_mask.ndim == 2:
+            return of_arm(base, adapters, batch)
+        return jax.lax.map(lambda arm: of_arm(base, *arm), (adapters, batch))
 
     return logprobs
 

@@ -11,6 +11,7 @@ stacked weights inside the decode loop would copy every one of them at every tok
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import MODULES
-from jaxgrpo.mesh import check_device, rollout_bytes, to_rollout_layout
+from jaxgrpo.mesh import check_device, rollout_bytes, sharding, to_rollout_layout
 from jaxgrpo.model.attention import DecodePosition, rotary_tables
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.kv_cache import LayerCache, PromptCache, cache_slots, init_completion_cache
@@ -38,6 +39,7 @@ __all__ = [
     "bin_logprobs",
     "cache_slots",
     "decode_step",
+    "describe_base",
     "device_plan",
     "hidden_states",
     "init_base",
@@ -80,6 +82,16 @@ def base_logical_axes(config: QwenConfig) -> Tree:
     if not config.tie_word_embeddings:
         axes["lm_head"] = ("vocab", "embed")
     return axes
+
+
+def describe_base(config: QwenConfig, mesh: Mesh) -> Tree:
+    """The frozen weights' shapes, and where `load_model` puts them on a mesh."""
+    return jax.tree.map(
+        lambda names, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, names)),
+        base_logical_axes(config),
+        jax.eval_shape(lambda: init_base(config, jax.random.key(0))),
+        is_leaf=_axes,
+    )
 
 
 def lora_logical_axes(modules: tuple[str, ...]) -> Tree:
@@ -192,19 +204,28 @@ def _variables(base: Tree, adapters: Adapters | None) -> Tree:
 
 @functools.partial(jax.jit, static_argnums=0)
 def make_decode_weights(config: QwenConfig, base: Tree, adapters: Adapters | None) -> Tree:
-    """The sampler's copy of the weights: layers unstacked, the adapters carried along."""
+    """The sampler's copy of the weights: layers unstacked, the adapters carried along.
+
+    Args:
+        adapters: one policy's, or with a leading axis those of several arms.
+    """
     check_device(config.device)
     lora: Tree = {} if adapters is None else adapters.lora
     plan: Tree = {} if adapters is None else plan_collection(adapters.plan)
-    stacked = (base["layers"], lora, plan)
+    if any(ab["a"].ndim == 3 for ab in lora.values()):
+        lora, plan = jax.tree.map(lambda x: x[None], (lora, plan))
     layers = tuple(
-        sampler_layer(config, *jax.tree.map(lambda x, i=i: x[i], stacked))
+        sampler_layer(
+            config,
+            jax.tree.map(lambda x, i=i: x[i], base["layers"]),
+            *jax.tree.map(lambda x, i=i: x[:, i], (lora, plan)),
+        )
         for i in range(config.num_layers)
     )
     weights = {**base, "layers": layers}
     if config.device.count == 1:
         return weights
-    axes = _decode_axes(config, tuple(lora))
+    axes = _decode_axes(config, tuple(lora), arms=any(len(ab["a"]) > 1 for ab in lora.values()))
     # The axes stand in for leaves on the left, which is why they come first.
     return jax.tree.map(lambda names, x: to_rollout_layout(x, names), axes, weights, is_leaf=_axes)
 
@@ -222,7 +243,7 @@ def resharded_bytes(config: QwenConfig, mesh: Mesh) -> int:
     return sum(jax.tree.leaves(moved))
 
 
-def _decode_axes(config: QwenConfig, adapted: tuple[str, ...]) -> Tree:
+def _decode_axes(config: QwenConfig, adapted: tuple[str, ...], *, arms: bool) -> Tree:
     """Logical axes of the sampler's weights on a mesh."""
     axes, lora = base_logical_axes(config), lora_logical_axes(adapted)
     layer: Tree = {}
@@ -232,7 +253,8 @@ def _decode_axes(config: QwenConfig, adapted: tuple[str, ...]) -> Tree:
             layer[name] = one["scale"]
             continue
         a, b = (lora[name][side][1:] if name in lora else None for side in ("a", "b"))
-        layer[name] = Linear(one["kernel"], one.get("bias"), a, b)
+        arm_of: Any = ("rank",) if arms and name in lora else None
+        layer[name] = Linear(one["kernel"], one.get("bias"), a, b, arm_of)
     return {**axes, "layers": (layer,) * config.num_layers}
 
 
@@ -245,16 +267,21 @@ def prefill(
     weights: Tree,
     tokens: Int[Array, "P S"],
     mask: Bool[Array, "P S"],
+    arm: Int[Array, " P"] | None = None,
 ) -> tuple[Float[Array, "P D"], PromptCache]:
-    """Runs left-padded prompts; returns the hidden state of the last token and the caches."""
+    """Runs left-padded prompts; returns the hidden state of the last token and the caches.
+
+    Args:
+        arm: which arm a prompt belongs to; None: the weights are one arm's.
+    """
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     rope = rotary_tables(config, positions)
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     caches = []
     for layer in weights["layers"]:
-        x, cache = _prefill_layer(config, layer, x, rope, mask)
+        x, cache = _prefill_layer(config, layer, x, rope, mask, arm)
         caches.append(cache)
-    return _final_norm(config, weights, x[:, -1]), PromptCache(tuple(caches), mask)
+    return _final_norm(config, weights, x[:, -1]), PromptCache(tuple(caches), mask, arm)
 
 
 def decode_step(
@@ -271,12 +298,14 @@ def decode_step(
     Args:
         prompt_of: which prompt a row continues; None: row p*G+g continues prompt p.
     """
-    lengths = jnp.sum(prompts.mask, axis=1)
-    if prompt_of is None:
-        positions = jnp.repeat(lengths, tokens.shape[0] // len(lengths)) + t
-    else:
-        positions = lengths[prompt_of] + t
-    at = DecodePosition(rotary_tables(config, positions), prompts.mask, prompt_of, t)
+    group = tokens.shape[0] // len(prompts.mask)
+
+    def of_row(of_prompt: jax.Array) -> jax.Array:
+        return jnp.repeat(of_prompt, group) if prompt_of is None else of_prompt[prompt_of]
+
+    positions = of_row(jnp.sum(prompts.mask, axis=1)) + t
+    arm = None if prompts.arm is None else of_row(prompts.arm)
+    at = DecodePosition(rotary_tables(config, positions), prompts.mask, prompt_of, t, arm)
     x = jnp.take(weights["embed_tokens"], tokens, axis=0)
     new_cache = []
     for layer, prompt, completion in zip(weights["layers"], prompts.layers, cache, strict=True):

@@ -23,12 +23,14 @@ class DecodePosition(NamedTuple):
         prompt_mask: True on prompt tokens.
         prompt_of: which prompt a row continues; None: row p*G+g continues prompt p.
         slot: of the completion's cache.
+        arm: which arm a row belongs to; None: there is one.
     """
 
     rope: Rope
     prompt_mask: Bool[Array, "P S"]
     prompt_of: Int[Array, " B"] | None
     slot: Int[Array, ""]
+    arm: Int[Array, " B"] | None = None
 
 
 def rotary_tables(config: QwenConfig, positions: Int[Array, "..."]) -> Rope:

@@ -25,10 +25,12 @@ class PromptCache(NamedTuple):
     Attributes:
         layers: of P prompts with S slots.
         mask: True on prompt tokens.
+        arm: which arm a prompt belongs to; None: there is one.
     """
 
     layers: tuple[LayerCache, ...]
     mask: Bool[Array, "P S"]
+    arm: Int[Array, " P"] | None = None
 
 
 def init_completion_cache(config: QwenConfig, rows: int, slots: int) -> tuple[LayerCache, ...]:

@@ -113,9 +113,11 @@ class _Sampler:
     def rows(
         self, count: int, group_size: int, key: jax.Array, caps: Int[Array, " B"] | None
     ) -> _Rows:
-        """So many rows, and all the draws they need."""
+        """So many rows, an equal part of them for the key of every arm, and all the draws they
+        need."""
         number = jnp.arange(count)
-        keys, width = row_keys(key, count), self.rollout.max_completion_tokens
+        keys = jax.vmap(lambda arm: row_keys(arm, count // len(key)))(key).reshape(count)
+        width = self.rollout.max_completion_tokens
         return _Rows(
             number=number,
             prompt_of=number // group_size,
@@ -199,7 +201,8 @@ def make_generate(
     model_config: QwenConfig, rollout: RolloutConfig, stop: StopRules, group_size: int
 ) -> Generate:
     """Jits (weights, prompt_tokens [P, S], prompt_mask [P, S], key, caps [B] = none) -> Rollout of
-    B = P*G rows.
+    B = P*G rows. With a key for each of A arms, prompts [A*P, S], arm by arm, give A*B rows, each
+    arm's as if it were sampled alone with its key.
 
     Args:
         rollout: cap, temperature and cuts; static, so that what is off costs nothing.
@@ -222,12 +225,15 @@ def make_generate(
         caps: Int[Array, " B"] | None = None,
     ) -> Rollout:
         sizes = batch_sizes(prompt_tokens.shape[0] * group_size, model_config.device)
-        rows = sampler.rows(sizes[0], group_size, key, caps)
+        keys = jnp.atleast_1d(key)
+        rows = sampler.rows(sizes[0], group_size, keys, caps)
         slots = cache_slots(model_config, prompt_tokens.shape[1])
         unused = slots - prompt_tokens.shape[1]
         prompt_tokens = jnp.pad(prompt_tokens, ((0, 0), (unused, 0)))
         prompt_mask = jnp.pad(prompt_mask, ((0, 0), (unused, 0)))
-        hidden, prompts = prefill(model_config, weights, prompt_tokens, prompt_mask)
+        arms, prompts_of_arm = len(keys), len(prompt_tokens) // len(keys)
+        arm = jnp.repeat(jnp.arange(arms), prompts_of_arm) if arms > 1 else None
+        hidden, prompts = prefill(model_config, weights, prompt_tokens, prompt_mask, arm)
         hidden = constrain(jnp.repeat(hidden, group_size, axis=0), "act_batch", "act_embed")
         loop = sampler.draw(weights, rows, hidden, sampler.empty(sizes[0]))
         enough = (*sizes[1:], 0)

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxgrpo.checkpoint import read_adapter
+from jaxgrpo.compile_ahead import compile_ahead
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import dump_config
 from jaxgrpo.evaluate import EvalPlace
@@ -65,10 +66,13 @@ class Lab:
         key = (config.objective, config.weight_grad_norms, config.optim, length)
         if key not in self._programs:
             made = make_programs(session)
-            if self._programs:
+            if not self._programs:
+                made = compile_ahead(session, made, evaluates=config.eval.before_training)
+            else:
                 first = next(iter(self._programs.values()))
                 made = dataclasses.replace(
                     made,
+                    decode_weights=first.decode_weights,
                     generate=first.generate,
                     generate_eval=first.generate_eval,
                     generate_greedy=first.generate_greedy,

@@ -22,6 +22,7 @@ class PromptSource:
     """The prompts of one split, tokenized once, in a deterministic order.
 
     Attributes:
+        slots: how wide its batches are.
         dropped: how many problems were left out because their prompt is too long.
     """
 
@@ -53,7 +54,7 @@ class PromptSource:
         self._texts = [texts[i] for i in kept]
         self._tokens = [ids[i] for i in kept]
         # One width for all batches of the split, so that no later one needs another program.
-        self._slots = config.padded(max(len(tokens) for tokens in self._tokens))
+        self.slots = config.padded(max(len(tokens) for tokens in self._tokens))
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -97,7 +98,7 @@ class PromptSource:
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
     def _pad(self, rows: Sequence[int]) -> PromptBatch:
-        slots = self._slots
+        slots = self.slots
         tokens = np.zeros((len(rows), slots), np.int32)
         mask = np.zeros((len(rows), slots), bool)
         for i, row in enumerate(rows):

@@ -1,0 +1,96 @@
+"""Programs compiled side by side while the weights load are the ones that the run then calls."""
+
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxgrpo.compile_ahead import compile_ahead
+from jaxgrpo.config_files import load_config
+from jaxgrpo.evaluate_run import run_eval
+from jaxgrpo.grpo.step import init_train_state
+from jaxgrpo.iteration import make_programs, run_step
+from jaxgrpo.mesh import make_mesh, to_host
+from jaxgrpo.run import EMBEDDED_CONFIG
+from jaxgrpo.session import describe_session
+from tests.compiled import compilations
+
+SMALL = ["grpo.prompts_per_step=8", "grpo.group_size=2", "lora.rank=2", "eval.problems=8"]
+SMALL += ["rollout.max_completion_tokens=8", "eval.batch_prompts=8"]
+SPLIT = ["mesh.data=2", "mesh.fsdp=2", "mesh.model=2"]
+
+
+class OnlyLowered:
+    """A jitted function that may be compiled, but not called."""
+
+    def __init__(self, jitted):
+        self.lower = jitted.lower
+
+    def __call__(self, *_):
+        raise AssertionError("called with other arguments than it was compiled for")
+
+
+def describe(monkeypatch, mesh, *words):
+    config = load_config([EMBEDDED_CONFIG], [*SMALL, *mesh, *words])
+    if not mesh:
+        monkeypatch.setattr(
+            "jaxgrpo.session.make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1])
+        )
+    return describe_session(config)
+
+
+def only_lowered(programs):
+    names = ("generate", "generate_eval", "train_step")
+    found = {name: OnlyLowered(getattr(programs, name)) for name in names}
+    return dataclasses.replace(programs, decode_weights=None, **found)
+
+
+@pytest.mark.parametrize("mesh", [[], SPLIT], ids=["one device", "2 x 2 x 2"])
+def test_a_run_calls_what_was_compiled_before_its_weights_were_there(monkeypatch, tmp_path, mesh):
+    session = describe(monkeypatch, mesh)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(session.base))
+    with jax.set_mesh(session.mesh):
+        programs = make_programs(session)
+        ahead = compile_ahead(session, only_lowered(programs), evaluates=True)
+        session = session.load()
+        state = init_train_state(session.init_lora(), programs.optimizer)
+        run_eval(session, ahead, session.init_lora(), 0, tmp_path, "fresh", Console(quiet=True))
+        losses = []
+        for step in range(2):
+            state, result = run_step(session, ahead, state, step)
+            losses.append(result.metrics["loss"])
+        assert np.isfinite(losses).all()
+        if mesh:
+            return
+        # What it called is what jax compiles by itself.
+        other = init_train_state(session.init_lora(), programs.optimizer)
+        for step in range(2):
+            other, result = run_step(session, programs, other, step)
+            assert result.metrics["loss"] == losses[step]
+        chex.assert_trees_all_equal(to_host(state.lora), to_host(other.lora))
+
+
+def test_supervised_steps_too(monkeypatch):
+    session = describe(monkeypatch, [], "objective=sft")
+    with jax.set_mesh(session.mesh):
+        programs = make_programs(session)
+        ahead = compile_ahead(session, only_lowered(programs), evaluates=False)
+        state = init_train_state(session.init_lora(), programs.optimizer)
+        _, result = run_step(session.load(), ahead, state, 0)
+    assert np.isfinite(result.metrics["loss"])
+
+
+def test_other_arguments_are_compiled_when_they_come(monkeypatch):
+    session = describe(monkeypatch, [])
+    with jax.set_mesh(session.mesh):
+        programs = make_programs(session)
+        ahead = compile_ahead(session, programs, evaluates=False)
+        session = session.load()
+        base = ahead.decode_weights(session.base, session.adapters(session.init_lora()))
+        assert len(base["layers"]) == session.model_config.num_layers
+        with compilations() as compiled:
+            alone = ahead.decode_weights(session.base, None)
+        assert compiled and "embed_tokens" in alone
