@@ -30,6 +30,7 @@ FIELDS = {
         *("tie_word_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "layer_types"),
         *("use_sliding_window", "attention_dropout", "is_causal", "partial_rotary_factor"),
         *("quantization_config", "per_layer_config", "architectures", "eos_token_id"),
+        "attention_bias",
     ],
     "generation_config.json": [
         *("eos_token_id", "pad_token_id", "temperature", "suppress_tokens", "num_beams"),
@@ -48,8 +49,9 @@ FIELDS = {
 }
 WORDS = st.sampled_from(
     [
-        *("<|im_end|>", "<|endoftext|>", "</s>", "", "qwen2", "llama", "silu", "gelu", "yarn"),
-        *("full_attention", "sliding_attention", "Qwen2Tokenizer", "Qwen2ForCausalLM", "x" * 300),
+        *("<|im_end|>", "<|endoftext|>", "</s>", "", "llama", "silu", "gelu", "yarn"),
+        *("qwen2", "qwen3", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2Tokenizer"),
+        *("full_attention", "sliding_attention", "x" * 300),
         *("{{ messages[0].content }}", "{% for m in messages %}{{ m.content }}<|im_end|>"),
         *("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", "{{ 1/0 }}"),
     ]
