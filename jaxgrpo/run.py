@@ -40,6 +40,9 @@ __all__ = ["COMMANDS", "EMBEDDED_CONFIG", "entry_point", "main"]
 
 EXIT_ERROR, EXIT_USAGE = 1, 2
 
+COMPILING = "compile"
+"""What the names of threads that compile begin with (see compile_ahead.py)."""
+
 QUIET_LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -161,7 +164,13 @@ def show_warning(message: Any, category: Any, filename: str, *_: Any, **__: Any)
 
 def entry_point() -> None:
     """What the `jaxgrpo` command runs."""
-    sys.exit(main())
+    code = main()
+    if any(thread.name.startswith(COMPILING) for thread in threading.enumerate()):
+        # Nobody waits for programs that will not be called.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

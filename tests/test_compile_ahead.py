@@ -10,6 +10,7 @@ from rich.console import Console
 
 from jaxgrpo.compile_ahead import compile_ahead
 from jaxgrpo.config_files import load_config
+from jaxgrpo.evaluate import EvalPlace
 from jaxgrpo.evaluate_run import run_eval
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.iteration import make_programs, run_step
@@ -57,7 +58,8 @@ def test_a_run_calls_what_was_compiled_before_its_weights_were_there(monkeypatch
         ahead = compile_ahead(session, only_lowered(programs), evaluates=True)
         session = session.load()
         state = init_train_state(session.init_lora(), programs.optimizer)
-        run_eval(session, ahead, session.init_lora(), 0, tmp_path, "fresh", Console(quiet=True))
+        place = EvalPlace(tmp_path, "fresh", 0)
+        run_eval(session, ahead, session.init_lora(), place, Console(quiet=True))
         losses = []
         for step in range(2):
             state, result = run_step(session, ahead, state, step)
