@@ -228,12 +228,14 @@ def describe_session(config: Config) -> Session:
         PromptSource(problems, model.tokenizer, config.data, left_out)
         for problems, left_out in found
     )
+    with jax.set_mesh(model.mesh):
+        base = describe_base(model.model_config, model.mesh)
     session = Session(
         config=config,
         mesh=model.mesh,
         model_dir=model.model_dir,
         model_config=model.model_config,
-        base=describe_base(model.model_config, model.mesh),
+        base=base,
         plan=model.plan,
         device_plan=replicate(model.mesh, device_plan(model.plan)),
         tokenizer=model.tokenizer,
