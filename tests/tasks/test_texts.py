@@ -184,11 +184,16 @@ THINKING = """\
 """A chat template that is told whether to think, as Qwen3's is."""
 
 
-@pytest.fixture
-def thinking():
+@pytest.fixture(params=["small", "qwen3"])
+def thinking(request):
+    """With the template above, and with Qwen3's own as TRL ships it."""
     tokenizer = load_tokenizer(EMBEDDED_DIR)
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = THINKING
+    if request.param == "qwen3":
+        trl = pytest.importorskip("trl")
+        template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -206,6 +211,15 @@ def test_the_template_is_told_whether_to_think_or_does_as_it_does(thinking, told
     assert text == f"<|im_start|>user\n1+1?<|im_end|>\n{end}"
     assert ids == thinking(text, add_special_tokens=False)["input_ids"]
     assert ids.count(thinking.convert_tokens_to_ids("<think>")) == end.count("<think>")
+
+
+@pytest.mark.parametrize("told", [{}, {"enable_thinking": False}])
+def test_a_prompt_is_trls_of_the_same_chat_template_kwargs(thinking, told):
+    trl = pytest.importorskip("trl")
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    theirs = trl.apply_chat_template({"prompt": turns}, thinking, **told)["prompt"]
+    config = DataConfig(system_prompt="Be brief.", chat_template_kwargs=told)
+    assert render_prompt("1+1?", thinking, config) == theirs
 
 
 @pytest.mark.parametrize(
