@@ -329,16 +329,17 @@ QK_NORM = {"head_dim": 64, "qkv_bias": False, "qk_norm": True}
 
 
 @pytest.mark.parametrize(
-    ("program", "remat", "changes"),
+    ("program", "remat", "changes", "within"),
     [
-        ("rollout", "full", {}),
-        ("train", "full", {}),
-        ("train", "products", {}),
-        ("train", "none", {}),
-        ("train", "products", QK_NORM),
+        ("rollout", "full", {}, 0.05),
+        ("train", "full", {}, 0.05),
+        ("train", "products", {}, 0.05),
+        ("train", "none", {}, 0.05),
+        # Queries and keys computed again, because a norm follows them, would be 4 %.
+        ("train", "products", QK_NORM, 0.01),
     ],
 )
-def test_operations_agree_within_five_percent(program, remat, changes):
+def test_operations_agree_within_five_percent(program, remat, changes, within):
     settings = ["rollout.max_completion_tokens=32", "grpo.micro_batches=2"]
     config = load_config([EMBEDDED_CONFIG], settings)
     model, plan = shapes_of(config, None)
@@ -349,7 +350,7 @@ def test_operations_agree_within_five_percent(program, remat, changes):
         "train": train_hardware_flops(config, model, plan, remat),
     }
     counts = count(Lowered(config, model, plan, mesh, remat).compile(program).as_text())
-    assert counts.flops == pytest.approx(formulas[program], rel=0.05)
+    assert counts.flops == pytest.approx(formulas[program], rel=within)
 
 
 def test_batches_that_may_shrink_count_as_if_they_did_not(monkeypatch):
