@@ -16,10 +16,11 @@ import jax
 import numpy as np
 
 from jaxgrpo.grpo.step import init_train_state
-from jaxgrpo.iteration import Programs, gold_rollout, pack_batch
 from jaxgrpo.mesh import Purpose, fold_key, shard_rows
 from jaxgrpo.model.api import make_decode_weights
+from jaxgrpo.programs import Programs
 from jaxgrpo.session import Session
+from jaxgrpo.train_batches import gold_rollout, pack_batch
 from jaxgrpo.types import FINISH_LENGTH, Rollout, TrainBatch
 
 

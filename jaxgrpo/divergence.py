@@ -10,9 +10,9 @@ import numpy as np
 from rich.console import Console
 from safetensors.numpy import save
 
-from jaxgrpo.iteration import StepResult
 from jaxgrpo.mesh import to_host
 from jaxgrpo.records.run_directory import DivergedError, RunDirectory, atomic_write_bytes
+from jaxgrpo.step_records import StepResult
 
 MAX_LOSS = 1e3
 """Advantages are of order one and ratios are clipped, so a loss is; a negative log-likelihood is at

@@ -13,9 +13,9 @@ from rich.console import Console
 from jaxgrpo.checkpoint import check_same_policy, read_adapter
 from jaxgrpo.config import Config
 from jaxgrpo.evaluate import EvalPlace, EvalResult, EvalTask, evaluate, evaluation_inputs
-from jaxgrpo.iteration import Programs, make_programs
 from jaxgrpo.model.weights import weights_sha256
 from jaxgrpo.processes import check_shared, first_process
+from jaxgrpo.programs import Programs, make_programs
 from jaxgrpo.records.run_directory import RunDirectory, hash_inputs
 from jaxgrpo.session import Session, open_session
 from jaxgrpo.types import Tree

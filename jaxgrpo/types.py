@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -26,6 +27,19 @@ FINISH_LENGTH, FINISH_STOP_TOKEN, FINISH_STOP_STRING = 0, 1, 2
 FINISH_REASONS = ("length", "stop_token", "stop_string")
 
 _pytree = jax.tree_util.register_dataclass
+
+
+def stack_arms(arms: tuple) -> tuple:
+    """Trees in tuples, one for each arm -> trees with a leading axis; None stays None."""
+    return tuple(
+        None if of_arms is None else jax.tree.map(lambda *x: jnp.stack(x), *of_arms)
+        for of_arms in arms
+    )
+
+
+def unstack_arms(stacked: Any, arms: int) -> tuple:
+    """The inverse, of one tree."""
+    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(arms))
 
 
 @dataclass(frozen=True)

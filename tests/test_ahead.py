@@ -21,7 +21,6 @@ from jaxgrpo.ahead.report import uncounted_lines
 from jaxgrpo.ahead.suggest import candidates, describe
 from jaxgrpo.config import ConfigError, MeshConfig
 from jaxgrpo.config_files import load_config
-from jaxgrpo.iteration import shard_batch
 from jaxgrpo.mesh import Device, device_of, make_mesh, sharding
 from jaxgrpo.model.api import QwenConfig, base_logical_axes, bin_logprobs, init_base
 from jaxgrpo.model.bins import take_bin
@@ -29,6 +28,7 @@ from jaxgrpo.model.hf_config import config_fields
 from jaxgrpo.model.presets import PRESETS
 from jaxgrpo.rollout import engine
 from jaxgrpo.run import EMBEDDED_CONFIG, main
+from jaxgrpo.train_batches import shard_batch
 from tests.rows import random_rows, train_batch
 from tests.test_layout import ROOT
 

@@ -18,12 +18,12 @@ from jaxgrpo.grpo.step import (
     make_logprobs,
     make_train_step,
 )
-from jaxgrpo.iteration import shard_batch
 from jaxgrpo.mesh import ONE_CPU, Device, device_of, make_mesh, replicate, to_host
 from jaxgrpo.model import qwen
 from jaxgrpo.model.api import QwenConfig, device_plan, init_base, init_lora
 from jaxgrpo.model.attention import causal_attention
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.train_batches import shard_batch
 from jaxgrpo.types import Adapters
 from tests.gradients import assert_gradients_close
 from tests.rows import completion_logprobs, on_device, random_batch, random_rows

@@ -13,8 +13,9 @@ from jaxgrpo.config_files import load_config
 from jaxgrpo.evaluate import EvalPlace
 from jaxgrpo.evaluate_run import run_eval
 from jaxgrpo.grpo.step import init_train_state
-from jaxgrpo.iteration import make_programs, run_step
+from jaxgrpo.iteration import run_step
 from jaxgrpo.mesh import make_mesh, to_host
+from jaxgrpo.programs import make_programs
 from jaxgrpo.run import EMBEDDED_CONFIG
 from jaxgrpo.session import describe_session
 from tests.compiled import compilations

@@ -6,8 +6,8 @@ import math
 from rich.console import Console
 
 from jaxgrpo.divergence import DivergenceGuard
-from jaxgrpo.iteration import StepResult
 from jaxgrpo.records.run_directory import RunDirectory
+from jaxgrpo.step_records import StepResult
 
 
 def said(tmp_path, rewards):

@@ -258,11 +258,10 @@ def test_rows_of_an_arm_are_sampled_as_if_it_were_alone(monkeypatch, shrinks):
     tokens, mask = (jnp.asarray(x) for x in _prompts())
     stop = StopRules((3, 5, 8, 13, 21, 34))
     generate = make_generate(CONFIG, rollout, stop, GROUP)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *_arms())
     # Prompts of its own for every arm: the first's, backwards.
     prompts = [(tokens, mask), (tokens[::-1], mask[::-1]), (tokens, mask)]
     together = generate(
-        make_decode_weights(CONFIG, _base(), stacked),
+        make_decode_weights(CONFIG, _base(), tuple(_arms())),
         *(jnp.concatenate(x) for x in zip(*prompts, strict=True)),
         keys,
     )
@@ -279,7 +278,6 @@ def test_rows_of_an_arm_are_sampled_as_if_it_were_alone(monkeypatch, shrinks):
 
 def test_arms_on_a_mesh_are_those_of_one_device():
     keys = jax.random.split(jax.random.key(7), len(ARMS))
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *_arms())
     tokens, mask = (np.tile(x, (len(ARMS), 1)) for x in _prompts())
     rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
     found = []
@@ -288,7 +286,7 @@ def test_arms_on_a_mesh_are_those_of_one_device():
         config = dataclasses.replace(CONFIG, device=device_of(mesh))
         generate = make_generate(config, rollout, NEVER, GROUP)
         with jax.set_mesh(mesh):
-            weights = make_decode_weights(config, *replicate(mesh, (_base(), stacked)))
+            weights = make_decode_weights(config, *replicate(mesh, (_base(), tuple(_arms()))))
             rows = shard_rows(mesh, (tokens, mask))
             found.append(to_host(generate(weights, *rows, keys)))
     chex.assert_trees_all_equal(found[0].tokens, found[1].tokens)

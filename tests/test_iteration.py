@@ -8,8 +8,9 @@ from rich.console import Console
 
 from jaxgrpo.config_files import load_config
 from jaxgrpo.grpo.step import init_train_state
-from jaxgrpo.iteration import make_programs, run_step
+from jaxgrpo.iteration import run_step
 from jaxgrpo.mesh import shard_rows, to_host
+from jaxgrpo.programs import make_programs
 from jaxgrpo.run import EMBEDDED_CONFIG
 from jaxgrpo.study.lab import Lab
 from tests.compiled import compilations

@@ -12,7 +12,6 @@ from jaxgrpo.checkpoint import Checkpoints
 from jaxgrpo.config import Config, ConfigError, GrpoConfig, MeshConfig, OptimConfig, RolloutConfig
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step, packing_metrics
-from jaxgrpo.iteration import pack_batch, shard_batch
 from jaxgrpo.mesh import (
     Purpose,
     batch_shards,
@@ -41,6 +40,7 @@ from jaxgrpo.model.bins import completions_from_bins, take_bin
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
+from jaxgrpo.train_batches import pack_batch, shard_batch
 from jaxgrpo.types import Adapters, PromptBatch
 from tests.rows import on_device, random_rows, train_batch
 

@@ -24,7 +24,6 @@ from jaxgrpo.grpo.step import (
     make_train_step,
     packing_metrics,
 )
-from jaxgrpo.iteration import pack_batch, shard_batch
 from jaxgrpo.mesh import ONE_CPU, Device, batch_shards, device_of, make_mesh, replicate, sharding
 from jaxgrpo.model.api import (
     QwenConfig,
@@ -35,6 +34,7 @@ from jaxgrpo.model.api import (
     lora_logical_axes,
 )
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.train_batches import pack_batch, shard_batch
 from jaxgrpo.types import Adapters, Rollout, TrainBatch
 from tests.compiled import compilations
 from tests.rows import Rows, completion_logprobs, make_rows, on_device, random_batch, random_rows
@@ -346,13 +346,10 @@ def test_arms_in_one_step_are_updated_as_if_each_were_alone(base, lora, batch):
         return init_train_state(start, optimizer)
 
     arms = range(len(plans))
-    stacked = jax.tree.map(
-        lambda *x: jnp.stack(x),
-        *[(fresh(i), device_plan(plans[i]), batches[i], jnp.float32(rates[i])) for i in arms],
-    )
-    state, plan, rows, rate = stacked
+    states = tuple(map(fresh, arms))
+    on_device_plans, peaks = tuple(map(device_plan, plans)), tuple(map(jnp.float32, rates))
     for _ in range(2):
-        state, together = step(state, base, plan, rows, rate)
+        states, together = step(states, base, on_device_plans, tuple(batches), peaks)
     assert together.scalars["grpo/skipped_updates"].tolist() == [0, 0, 0, 2]
     for i in arms:
         alone = fresh(i)
@@ -360,7 +357,7 @@ def test_arms_in_one_step_are_updated_as_if_each_were_alone(base, lora, batch):
             alone, found = step(
                 alone, base, device_plan(plans[i]), batches[i], jnp.float32(rates[i])
             )
-        mine = jax.tree.map(lambda x, i=i: x[i], (state, together))
+        mine = (states[i], jax.tree.map(lambda x, i=i: x[i], together))
         chex.assert_trees_all_close(mine, (alone, found), rtol=1e-5, atol=1e-6)
     assert together.scalars["learning_rate"].tolist() == pytest.approx(rates)
 

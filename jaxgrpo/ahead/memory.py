@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 
 from jaxgrpo.ahead.flops import carried_parameters
-from jaxgrpo.ahead.shapes import full_bins, row_slots
+from jaxgrpo.ahead.shapes import full_bins, remat_of_run, row_slots
 from jaxgrpo.config import Config
 from jaxgrpo.mesh import AXIS_RULES, ONE_CPU, ROLLOUT_RULES
 from jaxgrpo.model.api import base_logical_axes, init_base, lora_logical_axes
@@ -130,13 +130,19 @@ NONE = Inside(12, 5, 0, 2)
 
 
 def foretell(
-    config: Config, model: QwenConfig, plan: RankPlan, sizes: Mapping[str, int], remat: str
+    config: Config,
+    model: QwenConfig,
+    plan: RankPlan,
+    sizes: Mapping[str, int],
+    remat: str,
+    arms: int = 1,
 ) -> Memory:
     """Bytes per device in the run's largest step.
 
     Args:
         sizes: the mesh's (`mesh.shape`); `model.device` is what it is made of.
         remat: resolved (`remat_of_run`).
+        arms: so many runs are sampled and updated together.
     """
     prompts, rows = config.grpo.prompts_per_step, config.grpo.rows_per_step
     (prompt, width), shards = row_slots(config), sizes["data"] * sizes["fsdp"]
@@ -145,10 +151,10 @@ def foretell(
     layers = sum(_held(x, size, sizes, ROLLOUT_RULES) for x in _layer_leaves(model))
     tables = [_held(x, size, sizes, ROLLOUT_RULES) for x in _table_leaves(model)]
     # Where training's tables are split over fsdp, the sampler has its own.
-    carried = model.num_layers * carried_parameters(model, plan) * size
+    carried = model.num_layers * carried_parameters(model, plan) * size * arms
     sampler = layers + carried + (sum(tables) if sizes["fsdp"] > 1 else 0)
     own = {SAMPLER: sampler}
-    slots = prompts // shards * prompt
+    slots = arms * prompts // shards * prompt
     prefilled = Rows(slots, slots, slots * prompt)
     batch, parts = full_bins(config, model.device), sizes["model"]
     attended = batch.rows * batch.row_places
@@ -163,8 +169,12 @@ def foretell(
         ),
         "gradient": 2 * adapters,
         # Three arrays by row and token; of bins four and a mask by place, and six by row.
-        BATCH: rows // shards * 12 * width + batch.bins * (17 * batch.places + 24 * batch.rows),
+        BATCH: arms
+        * (rows // shards * 12 * width + batch.bins * (17 * batch.places + 24 * batch.rows)),
     }
+    if arms > 1:
+        # Side by side for the loop over them, before it and after it.
+        train["states of the arms on their way"] = 2 * arms * 3 * adapters
     if model.device.single_gpu:
         train["frozen weights with adapters inside"] = layers + adapters * size // 4
     if config.weight_grad_norms:
@@ -180,21 +190,36 @@ def foretell(
                 for x in (*_layer_leaves(model), *_table_leaves(model))
             ),
             # The adapters and two moments of Adam.
-            STATE: 3 * adapters,
+            STATE: 3 * adapters * arms,
         },
         # Joined matrices on their way, about three of the seven at once.
         layout=own | {"layers on their way": layers * 3 // 5},
         rollout=own
         | {
-            "key-value cache": (prompts * prompt + rows * width) // shards * per_token,
+            "key-value cache": arms * (prompts * prompt + rows * width) // shards * per_token,
             # One after the other.
             "prefill, or scores of a token": max(
                 PREFILL.bytes(model, prefilled, parts),
-                2 * 4 * rows // shards * model.vocab_size // parts,
+                2 * 4 * arms * rows // shards * model.vocab_size // parts,
             ),
         },
         train=train,
     )
+
+
+def fitting_arms(
+    config: Config, model: QwenConfig, plan: RankPlan, sizes: Mapping[str, int], most: int
+) -> int:
+    """How many arms, at most so many, a device has room for together; one where it does not tell
+    its memory, as on a CPU, whose cores one arm keeps busy."""
+    memory = model.device.memory
+    if memory is None:
+        return 1
+    remat = remat_of_run(config, model)
+    for arms in range(most, 1, -1):
+        if foretell(config, model, plan, sizes, remat, arms).peak <= memory:
+            return arms
+    return 1
 
 
 def kept_bytes(model: QwenConfig, of: Rows, parts: int, remat: str) -> int:

@@ -32,7 +32,6 @@ from jaxgrpo.grpo.step import (
     make_logprobs,
     make_train_step,
 )
-from jaxgrpo.iteration import pack_batch
 from jaxgrpo.mesh import (
     Device,
     device_of,
@@ -60,6 +59,7 @@ from jaxgrpo.records.run_directory import atomic_write_json
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules
 from jaxgrpo.session import check_divisible, check_model_axis, place_lora, resolve_dtype
+from jaxgrpo.train_batches import pack_batch
 from jaxgrpo.types import Adapters, PromptBatch, Rollout, TrainBatch, TrainState, Tree
 
 

@@ -147,7 +147,8 @@ def draw_picture(plan: RankPlan, path: Path) -> None:
 
 def dry_run(config: Config, console: Console) -> int:
     """Settings, plan, parameters, memory and operations; nothing is loaded or written."""
-    from jaxgrpo.ahead.report import print_foretold
+    from jaxgrpo.ahead.report import print_foretold, print_together
+    from jaxgrpo.study.config import list_arms
 
     model, plan = open_plan(config)
     console.print(dump_config(config), highlight=False, markup=False, end="")
@@ -156,6 +157,9 @@ def dry_run(config: Config, console: Console) -> int:
     if isinstance(config, StudyConfig):
         print_arms(config, console)
     print_foretold(config, model, plan, console)
+    if isinstance(config, StudyConfig):
+        most = config.study.together or len(list_arms(config))
+        print_together(config.plain(), model, plan, most, console)
     console.print("dry run: nothing was loaded or written")
     return 0
 

@@ -48,6 +48,8 @@ from jaxgrpo.types import (
     TrainState,
     Tree,
     check_train_batch,
+    stack_arms,
+    unstack_arms,
 )
 
 
@@ -111,8 +113,8 @@ def make_train_step(
     `skipped`. The padding of the adapters (ranks off the plan) never moves, weight decay included.
     A `learning_rate` multiplies the optimizer's own.
 
-    With a leading axis on all of them but the base, they are those of several arms, each of which
-    is updated as if it were alone.
+    In tuples, all of them but the base are those of several arms, each of which is updated as if
+    it were alone.
     """
     gradients = make_gradients(model_config, settings)
 
@@ -156,17 +158,14 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=model_config.device.options)
     def train_step(
-        state: TrainState,
-        base: Tree,
-        plan: LoraPlan,
-        batch: TrainBatch,
-        learning_rate: Float[Array, "..."] | None = None,
-    ) -> tuple[TrainState, StepMetrics]:
-        if state.step.ndim == 0:
+        state: Any, base: Tree, plan: Any, batch: Any, learning_rate: Any = None
+    ) -> tuple[Any, Any]:
+        if not isinstance(state, tuple):
             return update(base, state, plan, batch, learning_rate)
         # One after the other: the rows of one fill the device.
-        arms = (state, plan, batch, learning_rate)
-        return jax.lax.map(lambda arm: update(base, *arm), arms)
+        arms = stack_arms((state, plan, batch, learning_rate))
+        states, metrics = jax.lax.map(lambda arm: update(base, *arm), arms)
+        return unstack_arms(states, len(state)), metrics
 
     return train_step
 
@@ -294,8 +293,8 @@ def _accumulate(
 def make_logprobs(
     model_config: QwenConfig, temperature: float, chunk_tokens: int, remat: str
 ) -> Callable[..., Float[Array, "B C"]]:
-    """Jits (base, adapters, batch) -> log-probs of the rows that are computed, 0 elsewhere; with a
-    leading axis on adapters and batch, of several arms.
+    """Jits (base, adapters, batch) -> log-probs of the rows that are computed, 0 elsewhere; in
+    tuples, adapters and batch are those of several arms.
 
     With the policy's adapters it gives `old_logprobs`; with those of what training starts from,
     None as a rule, the same weights give `ref_logprobs`.
@@ -324,11 +323,12 @@ def make_logprobs(
 
     @functools.partial(jax.jit, compiler_options=model_config.device.options)
     def logprobs(
-        base: Tree, adapters: Adapters | None, batch: TrainBatch
-    ) -> Float[Array, "... B C"]:
-        if batch.loss_mask.ndim == 2:
+        base: Tree, adapters: Any, batch: Any
+    ) -> Float[Array, "B C"] | tuple[Float[Array, "B C"], ...]:
+        if not isinstance(batch, tuple):
             return of_arm(base, adapters, batch)
-        return jax.lax.map(lambda arm: of_arm(base, *arm), (adapters, batch))
+        found = jax.lax.map(lambda arm: of_arm(base, *arm), stack_arms((adapters, batch)))
+        return unstack_arms(found, len(batch))
 
     return logprobs
 

@@ -29,7 +29,7 @@ from jaxgrpo.model.qwen import Qwen, join_adapters
 from jaxgrpo.model.remat import remat_of_batch
 from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.model.sampler import Linear, decode_layer, prefill_layer, sampler_layer
-from jaxgrpo.types import Adapters, Packing, Tree
+from jaxgrpo.types import Adapters, Packing, Tree, stack_arms
 
 __all__ = [
     "PRESETS",
@@ -203,17 +203,21 @@ def _variables(base: Tree, adapters: Adapters | None) -> Tree:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def make_decode_weights(config: QwenConfig, base: Tree, adapters: Adapters | None) -> Tree:
+def make_decode_weights(
+    config: QwenConfig, base: Tree, adapters: Adapters | tuple[Adapters, ...] | None
+) -> Tree:
     """The sampler's copy of the weights: layers unstacked, the adapters carried along.
 
     Args:
-        adapters: one policy's, or with a leading axis those of several arms.
+        adapters: one policy's, or in a tuple those of several arms.
     """
     check_device(config.device)
-    lora: Tree = {} if adapters is None else adapters.lora
-    plan: Tree = {} if adapters is None else plan_collection(adapters.plan)
-    if any(ab["a"].ndim == 3 for ab in lora.values()):
-        lora, plan = jax.tree.map(lambda x: x[None], (lora, plan))
+    arms = adapters if isinstance(adapters, tuple) else (adapters,) if adapters else ()
+    lora: Tree = {}
+    plan: Tree = {}
+    if arms:
+        (lora,) = stack_arms((tuple(arm.lora for arm in arms),))
+        (plan,) = stack_arms((tuple(plan_collection(arm.plan) for arm in arms),))
     layers = tuple(
         sampler_layer(
             config,
@@ -225,7 +229,7 @@ def make_decode_weights(config: QwenConfig, base: Tree, adapters: Adapters | Non
     weights = {**base, "layers": layers}
     if config.device.count == 1:
         return weights
-    axes = _decode_axes(config, tuple(lora), arms=any(len(ab["a"]) > 1 for ab in lora.values()))
+    axes = _decode_axes(config, tuple(lora), arms=len(arms) > 1)
     # The axes stand in for leaves on the left, which is why they come first.
     return jax.tree.map(lambda names, x: to_rollout_layout(x, names), axes, weights, is_leaf=_axes)
 

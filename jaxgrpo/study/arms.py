@@ -7,26 +7,23 @@ on and a finished one only rebuilds its report, without jax.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from jaxgrpo.config import Config, ConfigError, check_choice
 from jaxgrpo.config_files import dump_config
-from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.records.run_directory import (
     DivergedError,
     RunDirectory,
     atomic_write_json,
     atomic_write_text,
 )
-from jaxgrpo.study.allocate import spent
 from jaxgrpo.study.config import (
     Arm,
+    Interrupted,
     StudyConfig,
     StudyFiles,
     list_arms,
@@ -48,9 +45,11 @@ from jaxgrpo.study.runs import (
     plan_name,
     probe_config,
     profile_config,
+    share_programs,
     write_plan,
 )
 from jaxgrpo.study.sections import DYNAMIC, FROM_CALIBRATION
+from jaxgrpo.study.spending import check_budgets, check_spent
 
 
 def run_study(config: StudyConfig, console: Console) -> Results | None:
@@ -152,7 +151,7 @@ class Runner:
             self.probes()
         for number in wanted:
             self._check_open(arms[number])
-            self.arm(number)
+        self.train(wanted)
 
     def _check_open(self, arm: Arm) -> None:
         """Refuses an arm of a block that comes after the look at which the study was decided."""
@@ -212,22 +211,78 @@ class Runner:
 
     def arms(self) -> None:
         arms = list_arms(self.config)
-        self.check_budgets(arms, arm_configs(self.config))
+        check_budgets(arms, arm_configs(self.config), self.planner, self._console)
         design = self.config.study.design
         for end in (math.inf,) if design is None else design.looks:
-            for number, arm in enumerate(arms):
-                if design is None or arm.seed <= end:
-                    self.arm(number)
+            self.train([n for n, arm in enumerate(arms) if design is None or arm.seed <= end])
             if design is not None and analyse(self.config).decided:
                 break
-        self.check_spent(arms)
+        check_spent(arms, self.files, self.planner, self._console)
+
+    def train(self, numbers: Sequence[int]) -> None:
+        """Trains these of `list_arms`, unless they are done: side by side where they can be."""
+        arms, configs = list_arms(self.config), arm_configs(self.config)
+        left = [n for n in numbers if not self._has_ended(arms[n], configs[n])]
+        while left:
+            group = self._group(left)
+            if len(group) > 1:
+                self.side_by_side(group)
+            else:
+                self.arm(group[0])
+            left = [n for n in left if n not in group]
+
+    def _group(self, left: Sequence[int]) -> Sequence[int]:
+        """The first that is left, and those that are trained with it."""
+        arms, configs, first = list_arms(self.config), arm_configs(self.config), left[0]
+        alike = [
+            n
+            for n in left
+            if arms[n].plan not in DYNAMIC and share_programs(configs[n], configs[first])
+        ]
+        if first not in alike or len(alike) == 1:
+            return left[:1]
+        together = self.config.study.together or self.lab.together(configs[first], len(alike))
+        return alike[:together]
+
+    def _has_ended(self, arm: Arm, config: Config) -> bool:
+        diverged = self.config.study.design is not None and (
+            (self.files.arm(arm) / DIVERGED).is_file()
+        )
+        return diverged or is_done(config)
+
+    def side_by_side(self, numbers: Sequence[int]) -> None:
+        """Trains arms in the same programs; each ends as it would alone.
+
+        Raises:
+            Interrupted: stopped early; the same call goes on.
+            Exception: what the first of them that failed failed with, after the others have ended.
+        """
+        arms, configs = list_arms(self.config), arm_configs(self.config)
+        names = ", ".join(arms[n].name for n in numbers)
+        title = f"{len(numbers)} of {len(arms)} arms side by side: {names}"
+        results = self.lab.run_arms(title, [configs[n] for n in numbers], len(numbers))
+        failed: list[Exception] = []
+        for number, result in zip(numbers, results, strict=True):
+            name = arms[number].name
+            if isinstance(result, DivergedError) and self.config.study.design is not None:
+                self._note_diverged(arms[number], result)
+            elif isinstance(result, Exception):
+                failed.append(result)
+            elif result.interrupted:
+                failed.append(Interrupted(name))
+            elif result.after is not None:
+                self._console.print(f"{name}: accuracy {result.after.describe()}", highlight=False)
+        if failed:
+            raise failed[0]
+
+    def _note_diverged(self, arm: Arm, error: DivergedError) -> None:
+        # A design leaves no run out: this one counts as the base model.
+        atomic_write_json(self.files.arm(arm) / DIVERGED, {"reason": str(error)})
 
     def arm(self, number: int) -> None:
-        """Trains one of `list_arms`, unless it is done."""
+        """Trains one of `list_arms` by itself."""
         arms = list_arms(self.config)
         arm, config = arms[number], arm_configs(self.config)[number]
-        if is_done(config):
-            return
         title = f"arm {number + 1} of {len(arms)}: {arm.name}"
         if arm.plan in DYNAMIC:
             from jaxgrpo.study.dynamic import make_replan
@@ -237,12 +292,11 @@ class Runner:
             self.lab.run(title, config, replan=replan, track_sensitivity=sensitivity)
         elif self.config.study.design is None:
             self.lab.run(title, config)
-        elif not (self.files.arm(arm) / DIVERGED).is_file():
+        else:
             try:
                 self.lab.run(title, config)
             except DivergedError as error:
-                # A design leaves no run out: this one counts as the base model.
-                atomic_write_json(self.files.arm(arm) / DIVERGED, {"reason": str(error)})
+                self._note_diverged(arm, error)
 
     def cuts(self) -> None:
         """Cuts and evaluates the adapter of every uniform arm, as study.cuts says."""
@@ -252,47 +306,3 @@ class Runner:
                 if not is_done(config):
                     title = f"cut: {arm.name} to {share:g} of its {criterion}"
                     self.lab.cut(title, config, self.files.arm(arm), {criterion: share})
-
-    def check_budgets(self, arms: list[Arm], configs: list[Config]) -> None:
-        """Prints the realised ranks and asserts that arms of one mean rank cost the same.
-
-        Those of `reduced` are spent differently by design, those of plans that move in the end.
-        """
-        table = Table(title="arms: realised ranks", title_justify="left")
-        table.add_column("arm", no_wrap=True)
-        for heading in ("ranks", "smallest", "largest", "parameters"):
-            table.add_column(heading, justify="right")
-        shapes = self.planner.shapes
-        for arm, config in zip(arms, configs, strict=True):
-            plan = make_rank_plan(config.lora, self.planner.layers)
-            parameters = plan.trainable_parameters(shapes)
-            every = np.concatenate(list(plan.ranks.values()))
-            table.add_row(
-                arm.name,
-                str(plan.total_rank),
-                str(every.min()),
-                str(every.max()),
-                f"{parameters:,}",
-            )
-            if arm.plan in DYNAMIC or arm.plan == "reduced":
-                continue
-            budget = self.planner.budget(arm.mean_rank, "module")
-            cost = spent(plan.ranks, shapes, budget.unit)
-            assert cost == budget.total, f"arm {arm.name} costs {cost}, not {budget.total}"
-        self._console.print(table)
-
-    def check_spent(self, arms: list[Arm]) -> None:
-        """Says which of the plans that move or are cut did not end at what the others cost."""
-        for arm in arms:
-            if arm.plan not in DYNAMIC:
-                continue
-            budget = self.planner.budget(arm.mean_rank, "module")
-            summary = RunDirectory(self.files.arm(arm)).summary
-            ranks = json.loads(summary.read_text(encoding="utf-8"))["plan"]["ranks"]
-            ended = {module: np.asarray(values) for module, values in ranks.items()}
-            cost = spent(ended, self.planner.shapes, budget.unit)
-            if cost != budget.total:
-                self._console.print(
-                    f"[yellow]warning:[/] {arm.name} ended at {cost:,} {budget.unit}, the others "
-                    f"have {budget.total:,}"
-                )

@@ -12,19 +12,15 @@ import numpy as np
 from jaxgrpo.config import Objective
 from jaxgrpo.grpo.advantages import compared_rewards, compute_advantages
 from jaxgrpo.grpo.step import StepSettings, make_gradients
-from jaxgrpo.iteration import (
-    Programs,
-    gold_rollout,
-    make_train_batch,
-    sample_rollout,
-    score,
-)
+from jaxgrpo.iteration import sample_rollout, score
 from jaxgrpo.mesh import shard_rows
 from jaxgrpo.model.api import input_moments
+from jaxgrpo.programs import Programs
 from jaxgrpo.session import Session
 from jaxgrpo.study.lab import Lab
 from jaxgrpo.tasks.data import train_rows
 from jaxgrpo.tasks.texts import completion_texts
+from jaxgrpo.train_batches import gold_rollout, make_train_batch
 from jaxgrpo.types import PromptBatch, Rollout, TrainBatch, Tree
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from jaxgrpo.config import Config
+from jaxgrpo.loop import Replan
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.study.adalora import budget_at, select, triplet_scores
@@ -25,7 +26,6 @@ from jaxgrpo.study.allocate import allocate
 from jaxgrpo.study.budget import Budget, Slots, reachable
 from jaxgrpo.study.compress import compress, fold_scales
 from jaxgrpo.study.config import Arm, StudyConfig
-from jaxgrpo.train import Replan
 from jaxgrpo.types import TrainState, Tree
 
 

@@ -30,7 +30,7 @@ DIVERGED = "diverged.json"
 def design_document(config: StudyConfig) -> dict[str, Any]:
     """All that is decided before the first arm, with the plans that the profile gave."""
     design, files = _design(config), StudyFiles(config.run_dir)
-    free = (*PLACE, *WATCHING, *COST, "study.only", "study.title")
+    free = (*PLACE, *WATCHING, *COST, "study.only", "study.together", "study.title")
     settings = {k: v for k, v in flat_settings(config).items() if not is_of(k, free)}
     primary, *others = EFFECTS
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,20 +12,22 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jaxgrpo.ahead.memory import fitting_arms
 from jaxgrpo.checkpoint import read_adapter
 from jaxgrpo.compile_ahead import compile_ahead
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import dump_config
 from jaxgrpo.evaluate import EvalPlace
 from jaxgrpo.evaluate_run import run_eval
-from jaxgrpo.iteration import Programs, make_programs
+from jaxgrpo.loop import Replan, TrainResult, summary
 from jaxgrpo.model.adapters import save_adapter
 from jaxgrpo.processes import first_process
+from jaxgrpo.programs import Programs, make_programs
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json, atomic_write_text
 from jaxgrpo.session import Session, open_session, warn_user
 from jaxgrpo.study.config import Interrupted, StudyFiles
 from jaxgrpo.study.dynamic import cut_adapter
-from jaxgrpo.train import Replan, TrainResult, summary, train_session
+from jaxgrpo.train import train_arms, train_session
 
 
 def check_same_prompts(config: Config, session: Session) -> None:
@@ -59,16 +61,19 @@ class Lab:
             warn_user(self._config, self._session, self._console)
         return self._session
 
-    def programs(self, session: Session) -> Programs:
-        """Compiled programs for a session's configuration; plans, seeds and rules share them."""
-        config = session.config
-        length = None if config.optim.schedule == "constant" else config.steps
-        key = (config.objective, config.weight_grad_norms, config.optim, length)
+    def programs(self, session: Session, arms: int = 1) -> Programs:
+        """Compiled programs for a session's configuration; plans, seeds and rules share them, and
+        learning rates those of several arms."""
+        config, optim = session.config, session.config.optim
+        length = None if optim.schedule == "constant" else config.steps
+        if arms > 1:
+            optim = dataclasses.replace(optim, learning_rate=1.0)
+        key = (config.objective, config.weight_grad_norms, optim, length, arms)
         if key not in self._programs:
-            made = make_programs(session)
-            if not self._programs:
+            made = make_programs(session, arms)
+            if not self._programs and arms == 1:
                 made = compile_ahead(session, made, evaluates=config.eval.before_training)
-            else:
+            elif self._programs:
                 first = next(iter(self._programs.values()))
                 made = dataclasses.replace(
                     made,
@@ -109,6 +114,22 @@ class Lab:
             raise Interrupted(title)
         if result.after is not None:
             self._console.print(f"accuracy {result.after.describe()}", highlight=False)
+
+    def together(self, config: Config, most: int) -> int:
+        """How many arms like this one, at most so many, are trained side by side."""
+        session = self.session.with_config(config)
+        return fitting_arms(
+            config, session.model_config, session.plan, dict(session.mesh.shape), most
+        )
+
+    def run_arms(
+        self, title: str, configs: Sequence[Config], slots: int
+    ) -> list[TrainResult | Exception]:
+        """`run` of several arms in the same programs, which have room for `slots`."""
+        self._console.rule(f"[bold]{title}", align="left")
+        sessions = [self.session.with_config(config) for config in configs]
+        with jax.set_mesh(self.session.mesh):
+            return train_arms(sessions, self.programs(sessions[0], slots), self._console)
 
     def cut(self, title: str, config: Config, source: Path, amount: Mapping[str, float]) -> None:
         """Evaluates what `compress` leaves of the adapter that a finished run ended with.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrpo.config import Config, ConfigError, Objective, ScaleRule
+from jaxgrpo.config import Config, ConfigError, LoraConfig, Objective, ScaleRule
 from jaxgrpo.config_files import read_yaml
 from jaxgrpo.identity import decode_recorded, first_difference, identity, read_recorded
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json
@@ -113,6 +113,24 @@ def arm_config(config: StudyConfig, arm: Arm, first: bool) -> Config:
         ),
         eval=dataclasses.replace(config.eval, before_training=first),
     )
+
+
+def share_programs(one: Config, other: Config) -> bool:
+    """Whether two arms differ only in what several arms of the same programs may: seed, ranks of
+    the same width, scales, learning rate."""
+
+    def shared(config: Config) -> Config:
+        width = config.lora.max_rank or config.lora.rank
+        return dataclasses.replace(
+            config,
+            run_dir=other.run_dir,
+            seed=0,
+            lora=LoraConfig(rank=width, max_rank=width, target_modules=config.lora.target_modules),
+            optim=dataclasses.replace(config.optim, learning_rate=1.0),
+            eval=dataclasses.replace(config.eval, before_training=False),
+        )
+
+    return shared(one) == shared(other)
 
 
 def cut_config(config: StudyConfig, arm: Arm, criterion: str, share: float) -> Config:

@@ -214,6 +214,10 @@ class StudySettings:
     cuts: CutsConfig = field(default_factory=CutsConfig)
     design: DesignConfig | None = None
     """A factorial in blocks, in place of `arms`."""
+    together: int | None = None
+    """So many arms are trained side by side in the same programs, of those that differ in seed,
+    plan, scale rule and learning rate alone. Default: as many as memory allows on an accelerator,
+    one on a CPU. It changes how long a study takes, and nothing else."""
     only: tuple[str, ...] = ()
     """Runs these parts and ends: `prepare` (profile, plans), and after it, side by side, `probes`,
     an arm's name or that of its group, or s3 for every arm of seed or block 3. Default: all."""
@@ -226,5 +230,9 @@ class StudySettings:
         require(
             self.design is None or not self.cuts.amounts,
             "study.cuts cuts the uniform arms of study.arms, and a design has none: leave it out",
+        )
+        require(
+            self.together is None or self.together >= 1,
+            f"study.together must be at least 1, got {self.together}",
         )
         require(0 < self.margin < 1, f"study.margin must lie in (0, 1), got {self.margin}")

@@ -21,8 +21,8 @@ from safetensors import safe_open
 from jaxgrpo.commands.training import EXIT_INTERRUPTED
 from jaxgrpo.config_files import load_config
 from jaxgrpo.divergence import MAX_BAD_STEPS, MAX_BATCHES
-from jaxgrpo.iteration import make_programs
 from jaxgrpo.mesh import make_mesh
+from jaxgrpo.programs import make_programs
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import EMBEDDED_CONFIG, EXIT_ERROR, EXIT_USAGE, guarded, main
 from jaxgrpo.session import open_session

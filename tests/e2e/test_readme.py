@@ -4,6 +4,7 @@ What is local is run, at least with --dry-run; what needs the hub, an accelerato
 as it would be. A command of a kind that is not known here fails: say here how it is checked.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from jaxgrpo.config import EMBEDDED, Config
 from jaxgrpo.config_files import load_config
 from jaxgrpo.model.weights import EMBEDDED_DIR
 from jaxgrpo.run import COMMANDS, main
+from jaxgrpo.tasks.problems import make_problems
 from tests.e2e.conftest import example
 from tests.test_layout import ROOT
 
@@ -55,8 +57,13 @@ def clone(here, monkeypatch):
     for name in ("configs", "scripts", "jaxgrpo"):
         if not (here / name).exists():
             (here / name).symlink_to(ROOT / name)
-    if not (here / "runs" / "embedded").exists():
-        (here / "runs" / "embedded").symlink_to(here / "runs" / "try")
+    for name in ("embedded", "first"):
+        if not (here / "runs" / name).exists():
+            (here / "runs" / name).symlink_to(here / "runs" / "try")
+    (here / "rows").mkdir(exist_ok=True)
+    for split in ("train", "test"):
+        rows = (json.dumps(row) + "\n" for row in make_problems(split, 64))
+        (here / "rows" / f"{split}.jsonl").write_text("".join(rows))
     (here / "docs").mkdir(exist_ok=True)
     monkeypatch.syspath_prepend(here)
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs/own_tasks.md").read_text(), re.DOTALL)
@@ -101,6 +108,7 @@ def check_run(words, here):
     assert name or not words or "=" in words[0] or (here / words[0]).exists() or synopsis, words
     if synopsis:
         return
+    words = [re.sub(r"^data.path=DIR\w*$", f"data.path={here / 'rows'}", word) for word in words]
     words = [re.sub(r"=DIR\w*$", f"={EMBEDDED_DIR}", word) for word in words]
     command: Command = COMMANDS[name or "train"]
     rest = [word for word in words[1 if name else 0 :] if word != "--dry-run"]

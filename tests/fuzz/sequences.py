@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-import jaxgrpo.iteration
+import jaxgrpo.compile_ahead
+import jaxgrpo.programs
 from jaxgrpo.model.hf_config import qwen_config
 from jaxgrpo.model.peft_files import LoraModule, PeftAdapter, write_peft
 from jaxgrpo.model.weights import EMBEDDED_DIR, hf_shapes
@@ -288,19 +289,27 @@ def study_result(out: str) -> Any:
 def share_programs() -> None:
     """Sessions that ask for the same programs get the same ones. Called before anything else of the
     package's device side is imported."""
-    make, known = jaxgrpo.iteration.make_programs, {}
+    make, known = jaxgrpo.programs.make_programs, {}
 
     @functools.wraps(make)
-    def make_programs(session: Any) -> Any:
+    def make_programs(session: Any, arms: int = 1) -> Any:
         config = session.config
         asked = (config.rollout, config.eval, config.grpo, config.optim, config.steps)
-        rest = (config.objective, config.weight_grad_norms, config.model, session.stop.token_ids)
+        rest = (
+            config.objective,
+            config.weight_grad_norms,
+            config.model,
+            session.stop.token_ids,
+            arms,
+        )
         key = repr((asked, rest))
         if key not in known:
-            known[key] = make(session)
+            known[key] = make(session, arms)
         return known[key]
 
-    jaxgrpo.iteration.make_programs = make_programs
+    jaxgrpo.programs.make_programs = make_programs
+    # It compiles for every session anew.
+    jaxgrpo.compile_ahead.compile_ahead = lambda session, programs, *, evaluates: programs
 
 
 def run(count: int, root: Path) -> int:

@@ -1,0 +1,115 @@
+"""Arms trained side by side give the study that arms trained one after another give."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import yaml
+
+from jaxgrpo.ahead.memory import fitting_arms, foretell
+from jaxgrpo.ahead.shapes import remat_of_run
+from jaxgrpo.config import Config, GrpoConfig, RolloutConfig
+from jaxgrpo.config_files import load_config
+from jaxgrpo.mesh import Device
+from jaxgrpo.model.presets import PRESETS
+from jaxgrpo.rank_plan import make_rank_plan
+from jaxgrpo.records.run_directory import read_jsonl
+from jaxgrpo.run import main
+from jaxgrpo.study.config import StudyConfig
+from jaxgrpo.study.runs import arm_configs, share_programs
+
+SETTINGS = {
+    "steps": 2,
+    "log_completions_every_steps": 0,
+    "lora": {"rank": 2, "alpha": 4},
+    "rollout": {"max_completion_tokens": 16},
+    "grpo": {"prompts_per_step": 8, "group_size": 4},
+    "eval": {"problems": 16, "batch_prompts": 16},
+    # As in test_train_arms: an update that goes with the gradient's size.
+    "optim": {"eps": 1e-3},
+    "study": {
+        "profile": {"objectives": ["grpo"], "steps": 4},
+        "allocation": {"min_rank": 1, "max_rank": 4},
+        "probe": {"scale_rules": [], "draws": 2, "layer_draws": 0},
+        "arms": {
+            "plans": ["uniform", "proportional", "adaptive"],
+            "scale_rules": ["constant"],
+            "seeds": [0, 1],
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """The same study, its arms one by one and three at a time, with one profile."""
+    place = tmp_path_factory.mktemp("together")
+    (place / "study.yaml").write_text(yaml.safe_dump(SETTINGS))
+    found = []
+    for name, words in (("one", []), ("three", ["study.together=3"])):
+        words = [str(place / "study.yaml"), f"run_dir={place / name}", *words]
+        if found:
+            shutil.copytree(found[0] / "profiles", place / name / "profiles")
+        assert main(["study", *words]) == 0
+        found.append(place / name)
+    return found
+
+
+def test_the_study_is_the_same(studies):
+    one, three = (json.loads((path / "results.json").read_text()) for path in studies)
+    assert [arm["name"] for arm in one["arms"]] == [arm["name"] for arm in three["arms"]]
+    for mine, theirs in zip(three["arms"], one["arms"], strict=True):
+        assert mine["accuracy"] == theirs["accuracy"]
+        assert mine["ranks"] == theirs["ranks"]
+
+
+def test_arms_have_the_runs_that_they_would_have_alone(studies):
+    one, three = (sorted((path / "arms").iterdir()) for path in studies)
+    assert [path.name for path in one] == [path.name for path in three] and len(one) == 6
+    for alone, together in zip(one, three, strict=True):
+        mine, theirs = (
+            [m for m in read_jsonl(path / "metrics.jsonl") if "loss" in m]
+            for path in (together, alone)
+        )
+        assert len(mine) == 2
+        for a, b in zip(mine, theirs, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-6)
+            assert a["reward"] == b["reward"]
+        names = sorted(path.name for path in alone.iterdir())
+        assert sorted(path.name for path in together.iterdir()) == names
+
+
+def test_what_may_share_programs(tmp_path):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SETTINGS))
+    config = load_config([tmp_path / "study.yaml"], [], StudyConfig)
+    first, *others = arm_configs(config)
+    assert all(share_programs(first, other) for other in others)
+    assert share_programs(first, dataclasses.replace(first, seed=9, run_dir="elsewhere"))
+    longer = dataclasses.replace(first, steps=3)
+    wider = dataclasses.replace(first, lora=dataclasses.replace(first.lora, max_rank=8))
+    supervised = dataclasses.replace(first, objective="sft")
+    assert not any(share_programs(first, other) for other in (longer, wider, supervised))
+
+
+def test_as_many_arms_as_memory_allows():
+    config = Config(
+        grpo=GrpoConfig(prompts_per_step=4, group_size=4),
+        rollout=RolloutConfig(max_completion_tokens=512),
+    )
+    model, sizes = PRESETS["qwen2.5-1.5b"], {"data": 1, "fsdp": 1, "model": 1}
+    plan = make_rank_plan(config.lora, model.num_layers)
+
+    def room(gib, most=16):
+        device = Device("gpu", "some", memory=gib * 2**30, capability="9.0")
+        of_device = dataclasses.replace(model, device=device)
+        return fitting_arms(config, of_device, plan, sizes, most), of_device
+
+    counts = [room(gib)[0] for gib in (4, 12, 16, 24, 80)]
+    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 16
+    assert room(80, most=3)[0] == 3
+    assert fitting_arms(config, model, plan, sizes, 16) == 1
+    arms, of_device = room(16)
+    remat = remat_of_run(config, of_device)
+    peaks = [foretell(config, of_device, plan, sizes, remat, n).peak for n in (arms, arms + 1)]
+    assert peaks[0] <= 16 * 2**30 < peaks[1]
