@@ -34,6 +34,9 @@ Draws = Literal["all", "by layer"]
 Matrix = Literal["both", "A", "B", "W"]
 Norms = Mapping[str, np.ndarray]
 
+FOLLOWS = {"follows": "it follows rank", "does not": "it does not follow rank", "open": "open"}
+"""A slope's verdict in a sentence."""
+
 
 def steps_of(phase: Phase, steps: int) -> slice:
     """The steps of a phase; thirds differ by a step at most."""
@@ -219,7 +222,7 @@ def amplification_verdict(found: Sequence[Amplification], of_weights: Fit | None
     )
     late = [
         f"{signed(part['slope'])} [{signed(part['low'])}, {signed(part['high'])}] under "
-        f"{a['scale_rule']}, {part['verdict']}"
+        f"{a['scale_rule']}: {FOLLOWS[part['verdict']]}"
         for a in found
         if a["view"] == "weight"
         for part in a["parts"]
