@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgrpo.ahead.programs import describe_results
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.mesh import Purpose, fold_key, shard_rows
 from jaxgrpo.model.api import make_decode_weights
@@ -104,12 +105,7 @@ def _build(jitted: Any, arguments: tuple, statics: tuple = ()) -> _Built:
     takes = jax.tree.map(_describe, arguments)
     lowered = jitted.lower(*statics, *takes)
     compiled = lowered.compile()
-    out = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        lowered.out_info,
-        compiled.output_shardings,
-    )
-    return _Built(compiled, takes, out)
+    return _Built(compiled, takes, describe_results(lowered, compiled))
 
 
 def _decode_weights(session: Session, adapters: Any) -> _Built:

@@ -85,7 +85,7 @@ def run_steps(arms: Sequence[ArmStep], programs: Programs) -> list[Outcome]:
     sampled = (
         [gold_rollout(arm.session, arm.step) for arm in arms]
         if supervised
-        else sample_rollouts(arms, programs)
+        else sample_rollouts([(arm.session, arm.state.lora, arm.step) for arm in arms], programs)
     )
     clock.lap("rollout")
     judged: list[Judged | Exception]
@@ -215,9 +215,9 @@ def train_together(
     new_states, reports = programs.train_step(
         (*states, *unused),
         session.base,
-        (*plans, *plans[:1] * free),
+        programs.filled(plans),
         (*batches, *[empty] * free),
-        (*rates, *rates[:1] * free),
+        programs.filled(rates),
     )
     return list(new_states[: len(arms)]), reports
 
@@ -226,19 +226,13 @@ def sample_rollout(
     session: Session, programs: Programs, lora: Tree, step: int
 ) -> tuple[PromptBatch, Rollout]:
     """The prompts of a step and the policy's completions, on the host."""
-    return sample_of([(session, lora, step)], programs)[0]
+    return sample_rollouts([(session, lora, step)], programs)[0]
 
 
 def sample_rollouts(
-    arms: Sequence[ArmStep], programs: Programs
-) -> list[tuple[PromptBatch, Rollout]]:
-    """`sample_rollout` of several arms together."""
-    return sample_of([(arm.session, arm.state.lora, arm.step) for arm in arms], programs)
-
-
-def sample_of(
     arms: Sequence[tuple[Session, Tree, int]], programs: Programs
 ) -> list[tuple[PromptBatch, Rollout]]:
+    """`sample_rollout` of several arms (session, adapters, step) together."""
     session, config = arms[0][0], arms[0][0].config
     found = [
         (
@@ -254,17 +248,16 @@ def sample_of(
         tokens, mask = shard_rows(session.mesh, (prompts.tokens, prompts.mask))
     else:
         # Rows of arms that are not there end at once.
-        free = programs.arms - len(arms)
-        slots = [*found, *found[:1] * free]
+        slots = programs.filled(found)
         adapters = tuple(of_arm for _, of_arm, _ in slots)
         key = jnp.stack([of_arm for *_, of_arm in slots])
-        limits = np.repeat(np.array([width] * len(arms) + [0] * free, np.int32), rows)
+        limits = np.repeat(np.where(np.arange(programs.arms) < len(arms), width, 0), rows)
         tokens, mask, *caps = shard_rows(
             session.mesh,
             (
                 np.concatenate([prompts.tokens for prompts, *_ in slots]),
                 np.concatenate([prompts.mask for prompts, *_ in slots]),
-                limits,
+                limits.astype(np.int32),
             ),
         )
     rollout = programs.generate(

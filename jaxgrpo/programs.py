@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import optax
 
+from jaxgrpo.grpo.logprobs import make_logprobs
 from jaxgrpo.grpo.optimizer import make_optimizer
-from jaxgrpo.grpo.step import StepSettings, make_logprobs, make_train_step
+from jaxgrpo.grpo.step import StepSettings, make_train_step
 from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.session import Session
 from jaxgrpo.types import Rollout, Tree
@@ -36,6 +37,10 @@ class Programs:
     train_step: Callable[..., Any]
     optimizer: optax.GradientTransformation
     arms: int = 1
+
+    def filled(self, of_arms: Sequence[Any]) -> tuple:
+        """What arms have, with the first one's again for those that are not there."""
+        return (*of_arms, *[of_arms[0]] * (self.arms - len(of_arms)))
 
 
 def make_programs(session: Session, arms: int = 1) -> Programs:

@@ -78,9 +78,8 @@ def logprobs_of(
     """What every arm's policy says of its batch."""
     if programs.arms == 1:
         return [programs.logprobs(base, policies[0], batches[0])]
-    free = programs.arms - len(batches)
-    of_arms = None if policies[0] is None else (*policies, *[policies[0]] * free)
-    found = programs.logprobs(base, of_arms, (*batches, *[batches[0]] * free))
+    of_arms = None if policies[0] is None else programs.filled(policies)
+    found = programs.logprobs(base, of_arms, programs.filled(batches))
     return list(found[: len(batches)])
 
 

@@ -25,8 +25,10 @@ from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-QUIET = ("eval.before_training=false", "eval.after_training=false", "eval.every_steps=0")
-QUIET = (*QUIET, "checkpoint_every_steps=1000000", "log_completions_every_steps=0")
+QUIET = (
+    *("eval.before_training=false", "eval.after_training=false", "eval.every_steps=0"),
+    *("checkpoint_every_steps=1000000", "log_completions_every_steps=0"),
+)
 
 
 def main() -> int:

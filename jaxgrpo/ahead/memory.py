@@ -20,6 +20,7 @@ from jaxgrpo.ahead.shapes import full_bins, remat_of_run, row_slots
 from jaxgrpo.config import Config
 from jaxgrpo.mesh import AXIS_RULES, ONE_CPU, ROLLOUT_RULES
 from jaxgrpo.model.api import base_logical_axes, init_base, lora_logical_axes
+from jaxgrpo.model.pack_rows import BinShape
 from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.remat import head_bytes, kept_bytes_per_token
 from jaxgrpo.rank_plan import RankPlan
@@ -168,9 +169,7 @@ def foretell(
             backward.bytes(model, computed, parts), head_bytes(model, chunk) // parts
         ),
         "gradient": 2 * adapters,
-        # Three arrays by row and token; of bins four and a mask by place, and six by row.
-        BATCH: arms
-        * (rows // shards * 12 * width + batch.bins * (17 * batch.places + 24 * batch.rows)),
+        BATCH: arms * batch_bytes(batch, rows // shards, width),
     }
     if arms > 1:
         # Side by side for the loop over them, before it and after it.
@@ -220,6 +219,11 @@ def fitting_arms(
         if foretell(config, model, plan, sizes, remat, arms).peak <= memory:
             return arms
     return 1
+
+
+def batch_bytes(bins: BinShape, rows: int, width: int) -> int:
+    """Three arrays by row and token; of bins four and a mask by place, and six by row."""
+    return rows * 12 * width + bins.bins * (17 * bins.places + 24 * bins.rows)
 
 
 def kept_bytes(model: QwenConfig, of: Rows, parts: int, remat: str) -> int:

@@ -165,11 +165,7 @@ class Lowered:
         adapters = Adapters(a.state.lora, a.plan)
         lowered = make_decode_weights.lower(self._model, a.base, adapters)
         compiled = lowered.compile(self._options)
-        self.sampler = jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            lowered.out_info,
-            compiled.output_shardings,
-        )
+        self.sampler = describe_results(lowered, compiled)
         return compiled
 
     def _rollout(self) -> Any:
@@ -188,6 +184,15 @@ class Lowered:
         if self.sampler is None or self._mesh.shape["fsdp"] > 1:
             return 0
         return bytes_per_device([x for name, x in self.sampler.items() if name != "layers"])
+
+
+def describe_results(lowered: Any, compiled: Any) -> Any:
+    """Shapes of what a compiled program gives, and where it lies."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
 
 
 def bytes_per_device(tree: Any) -> int:

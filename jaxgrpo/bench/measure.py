@@ -23,13 +23,13 @@ from jaxgrpo.ahead.flops import decode_seconds, train_model_flops
 from jaxgrpo.bench.kernels import profile_kernels
 from jaxgrpo.bench.settings import SIGMA, BenchConfig
 from jaxgrpo.config import EMBEDDED, check_choice
+from jaxgrpo.grpo.logprobs import make_logprobs
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import (
     StepSettings,
     TrainStep,
     init_train_state,
     make_gradients,
-    make_logprobs,
     make_train_step,
 )
 from jaxgrpo.mesh import (

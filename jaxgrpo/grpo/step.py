@@ -1,4 +1,4 @@
-"""The compiled training step, and the log-probs of the old policy and of the reference.
+"""The compiled training step.
 
 A step runs as many bins of tokens as its rows fill, one after another inside the program. The loop
 carries the loss, the gradient, and log-probs and entropies by row ([B, C], small), from which the
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxgrpo.config import Config, ConfigError, GrpoConfig, Objective
+from jaxgrpo.config import Config, GrpoConfig, Objective
 from jaxgrpo.grpo.layer_grad_norms import layer_grad_norms
+from jaxgrpo.grpo.logprobs import check_temperature
 from jaxgrpo.grpo.loss import loss_metrics, token_losses, token_weights
 from jaxgrpo.grpo.optimizer import learning_rate_in
 from jaxgrpo.grpo.sensitivity import init_sensitivity, update_sensitivity
@@ -177,7 +178,7 @@ def make_gradients(
 
     The gradient by the kernels is float32 [L, in, out] per adapted module, or None.
     """
-    _check_temperature(settings.temperature)
+    check_temperature(settings.temperature)
     grpo, supervised = settings.grpo, settings.objective == "sft"
 
     def loss_of(
@@ -290,49 +291,6 @@ def _accumulate(
     return over_bins(batch.packing, add, start)
 
 
-def make_logprobs(
-    model_config: QwenConfig, temperature: float, chunk_tokens: int, remat: str
-) -> Callable[..., Float[Array, "B C"]]:
-    """Jits (base, adapters, batch) -> log-probs of the rows that are computed, 0 elsewhere; in
-    tuples, adapters and batch are those of several arms.
-
-    With the policy's adapters it gives `old_logprobs`; with those of what training starts from,
-    None as a rule, the same weights give `ref_logprobs`.
-    """
-    _check_temperature(temperature)
-
-    def of_arm(base: Tree, adapters: Adapters | None, batch: TrainBatch) -> Float[Array, "B C"]:
-        if adapters is not None:
-            adapters = join_adapters(model_config, base, adapters, remat)
-        width = batch.loss_mask.shape[1]
-
-        def score(number: Array, into: Array) -> Array:
-            packing = take_bin(batch.packing, number)
-            found, _ = bin_logprobs(
-                model_config,
-                base,
-                adapters,
-                packing,
-                temperature=temperature,
-                chunk_tokens=chunk_tokens,
-                remat=remat,
-            )
-            return put_rows(into, completions_from_bins(found, packing, width), packing)
-
-        return over_bins(batch.packing, score, jnp.zeros_like(batch.loss_mask))
-
-    @functools.partial(jax.jit, compiler_options=model_config.device.options)
-    def logprobs(
-        base: Tree, adapters: Any, batch: Any
-    ) -> Float[Array, "B C"] | tuple[Float[Array, "B C"], ...]:
-        if not isinstance(batch, tuple):
-            return of_arm(base, adapters, batch)
-        found = jax.lax.map(lambda arm: of_arm(base, *arm), stack_arms((adapters, batch)))
-        return unstack_arms(found, len(batch))
-
-    return logprobs
-
-
 def mask_padding(updates: Tree, plan: LoraPlan) -> Tree:
     """0 on the ranks that the plan does not use."""
     return {
@@ -352,11 +310,3 @@ def _place_like_lora(tree: Tree) -> Tree:
         module: {side: constrain(leaf, *axes[module][side]) for side, leaf in matrices.items()}
         for module, matrices in tree.items()
     }
-
-
-def _check_temperature(temperature: float) -> None:
-    if temperature <= 0:
-        raise ConfigError(
-            f"rollout.temperature must be positive to train, got {temperature}: greedy completions "
-            "of one prompt are all the same"
-        )
