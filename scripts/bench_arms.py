@@ -2,10 +2,10 @@
 
     python scripts/bench_arms.py [--arms K] [--steps N] [--out FILE] [CONFIG.yaml] [key=value ...]
 
-Trains N steps (default 8) of the configuration, without evaluations and checkpoints, by itself and
-as K arms (default 4) that differ in their seed, each in a process of its own on the same device. It
-prints the median step after the second, what it is for each arm, and the peak memory beside what
-the formula says.
+Trains N steps (default 8) of the configuration, or of a study's arms, without evaluations and
+checkpoints, by itself and as K arms (default 4) that differ in their seed, each in a process of its
+own on the same device. It prints the median step after the second, what it is for each arm, and the
+peak memory beside what the formula says.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import load_config
+from jaxgrpo.study.config import StudyConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = (
@@ -45,7 +46,8 @@ def main() -> int:
         config = load_config(
             files or [ROOT / "jaxgrpo" / "assets" / "embedded.yaml"],
             [*words, f"steps={args.steps}", *QUIET],
-        )
+            StudyConfig,
+        ).plain()
         if args.run is not None:
             args.out.write_text(json.dumps(run(config, args.run)))
             return 0
