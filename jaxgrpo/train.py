@@ -16,6 +16,7 @@ from jaxgrpo.config import Config
 from jaxgrpo.iteration import ArmStep, run_steps
 from jaxgrpo.loop import Replan, Run, TrainResult, start_run
 from jaxgrpo.programs import Programs, make_programs
+from jaxgrpo.records.run_directory import DivergedError
 from jaxgrpo.session import Session, describe_session, warn_user
 
 
@@ -62,7 +63,8 @@ def train_arms(
     sessions: Sequence[Session], programs: Programs, console: Console
 ) -> list[TrainResult | Exception]:
     """`train_session` of several arms in the same programs, each as if it were alone: what one
-    ends with, an error of its own included, does not touch the others.
+    ends with, an error of its own included, does not touch the others. Of several processes, an
+    error other than divergence ends the job.
 
     Args:
         sessions: at most `programs.arms`, that differ in seed, plan, scale rule, learning rate and
@@ -91,6 +93,9 @@ def drive(runs: Sequence[Run], programs: Programs) -> list[TrainResult | Excepti
         except StopIteration as end:
             ended[number] = end.value
         except Exception as error:
+            # Other processes may not know of it: they would wait for this arm for ever.
+            if jax.process_count() > 1 and not isinstance(error, DivergedError):
+                raise
             ended[number] = error
 
     for number in range(len(runs)):

@@ -1,4 +1,4 @@
-"""`sweep`: a study's arms side by side on Ray."""
+"""`sweep`: a study's arms as tasks of Ray."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def run(config: SweepConfig, console: Console) -> int:
 
 SWEEP = Command(
     run,
-    "a study's arms side by side on Ray, or in turn without it",
+    "a study's arms as tasks of Ray, or in turn without it",
     "Takes a study's configuration. Arms whose worker was lost go on from their own\n"
     "checkpoint; the same command again goes on with what is missing.\n\n"
     "  sweep.models=[Qwen/Qwen2.5-0.5B-Instruct,Qwen/Qwen2.5-1.5B-Instruct]\n"
-    "  sweep.gpus=1                 what an arm gets; also cpus and tpus\n"
-    "  sweep.hosts=4 sweep.tpus=4   an arm over several hosts, through JaxTrainer\n"
+    "  sweep.gpus=1                 what a task gets; also cpus and tpus\n"
+    "  study.together=4             a task trains so many arms side by side\n"
+    "  sweep.hosts=4 sweep.tpus=4   a task over several hosts, through JaxTrainer\n"
     "  sweep.address=auto           the Ray cluster around, and not a local one\n"
-    "  sweep.engine=sequential      one arm after another, as study does\n\n"
+    "  sweep.engine=sequential      one study after another, as study does\n\n"
     "`settings sweep` prints its settings.",
     "sweep sweep.engine=sequential --dry-run",
     SweepConfig,

@@ -37,6 +37,8 @@ from jaxgrpo.study.report import write_report
 from jaxgrpo.study.result_types import Results
 from jaxgrpo.study.results import collect_results
 from jaxgrpo.study.runs import (
+    Round,
+    alike_arms,
     arm_configs,
     check_same_study,
     cut_config,
@@ -45,7 +47,7 @@ from jaxgrpo.study.runs import (
     plan_name,
     probe_config,
     profile_config,
-    share_programs,
+    split_rounds,
     write_plan,
 )
 from jaxgrpo.study.sections import DYNAMIC, FROM_CALIBRATION
@@ -221,36 +223,41 @@ class Runner:
 
     def train(self, numbers: Sequence[int]) -> None:
         """Trains these of `list_arms`, unless they are done: side by side where they can be."""
-        arms, configs = list_arms(self.config), arm_configs(self.config)
-        left = [n for n in numbers if not self._has_ended(arms[n], configs[n])]
-        while left:
-            group = self._group(left)
-            if len(group) > 1:
+        for group in self.rounds(numbers):
+            if len(group.numbers) > 1:
                 self.side_by_side(group)
             else:
-                self.arm(group[0])
-            left = [n for n in left if n not in group]
+                self.arm(group.numbers[0])
 
-    def _group(self, left: Sequence[int]) -> Sequence[int]:
-        """The first that is left, and those that are trained with it."""
-        arms, configs, first = list_arms(self.config), arm_configs(self.config), left[0]
-        alike = [
-            n
-            for n in left
-            if arms[n].plan not in DYNAMIC and share_programs(configs[n], configs[first])
-        ]
-        if first not in alike or len(alike) == 1:
-            return left[:1]
-        together = self.config.study.together or self.lab.together(configs[first], len(alike))
-        return alike[:together]
+    def rounds(self, numbers: Sequence[int], places: int = 1) -> list[Round]:
+        """These of `list_arms` that are not done, as they are trained.
 
-    def _has_ended(self, arm: Arm, config: Config) -> bool:
+        Args:
+            places: how many rounds are trained at the same time elsewhere; without
+                `study.together`, alike arms are spread over all of them.
+        """
+        arms, configs = list_arms(self.config), arm_configs(self.config)
+        left = [n for n in numbers if not self.has_ended(arms[n], configs[n])]
+        found: list[Round] = []
+        for alike in alike_arms(self.config, left):
+            found += split_rounds(alike, self._together(alike, places))
+        return sorted(found, key=lambda group: group.numbers[0])
+
+    def _together(self, alike: Sequence[int], places: int) -> int:
+        """How many of these arms are trained side by side at most."""
+        most = -(-len(alike) // places)
+        if self.config.study.together or most == 1:
+            return self.config.study.together or 1
+        return self.lab.together(arm_configs(self.config)[alike[0]], most)
+
+    def has_ended(self, arm: Arm, config: Config) -> bool:
+        """Whether an arm is done, or has diverged in a design, which counts it so."""
         diverged = self.config.study.design is not None and (
             (self.files.arm(arm) / DIVERGED).is_file()
         )
         return diverged or is_done(config)
 
-    def side_by_side(self, numbers: Sequence[int]) -> None:
+    def side_by_side(self, group: Round) -> None:
         """Trains arms in the same programs; each ends as it would alone.
 
         Raises:
@@ -258,11 +265,11 @@ class Runner:
             Exception: what the first of them that failed failed with, after the others have ended.
         """
         arms, configs = list_arms(self.config), arm_configs(self.config)
-        names = ", ".join(arms[n].name for n in numbers)
-        title = f"{len(numbers)} of {len(arms)} arms side by side: {names}"
-        results = self.lab.run_arms(title, [configs[n] for n in numbers], len(numbers))
+        names = ", ".join(arms[n].name for n in group.numbers)
+        title = f"{len(group.numbers)} of {len(arms)} arms side by side: {names}"
+        results = self.lab.run_arms(title, [configs[n] for n in group.numbers], group.slots)
         failed: list[Exception] = []
-        for number, result in zip(numbers, results, strict=True):
+        for number, result in zip(group.numbers, results, strict=True):
             name = arms[number].name
             if isinstance(result, DivergedError) and self.config.study.design is not None:
                 self._note_diverged(arms[number], result)

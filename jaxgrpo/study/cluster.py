@@ -1,8 +1,9 @@
 """Arms as Ray tasks, or as JaxTrainer runs where an arm spans hosts.
 
-A worker that is lost (killed, preempted, its node gone) loses nothing but the steps since its arm's
-last checkpoint: the arm is started again elsewhere and goes on from there. Files are the only thing
-that workers share, so run_dir must be on a file system that all nodes see.
+A task trains as many alike arms side by side as `study.together` says. A worker that is lost
+(killed, preempted, its node gone) loses nothing but the steps since its arms' last checkpoints:
+they are started again elsewhere and go on from there. Files are the only thing that workers share,
+so run_dir must be on a file system that all nodes see.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from rich.live import Live
 from rich.table import Table
 
 from jaxgrpo.config import ConfigError
-from jaxgrpo.config_files import decode_config, dump_config, encode_config
+from jaxgrpo.config_files import dump_config, encode_config
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_text
+from jaxgrpo.study.arms import Runner
+from jaxgrpo.study.cluster_worker import PREPARE, run_over_hosts, run_part
 from jaxgrpo.study.config import StudyConfig, StudyFiles, list_arms
-from jaxgrpo.study.runs import arm_configs, check_same_study, is_done
+from jaxgrpo.study.runs import arm_configs, check_same_study
 
 POLL_S = 1.0
-PREPARE = -1
-"""In place of an arm's number: what all arms build on."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ def run_on_ray(settings: Any, studies: list[StudyConfig], console: Console) -> N
         ConfigError: no cluster, or one that can never hold an arm; or an arm's own.
         OSError: an arm failed for good.
     """
-    _connect(settings)
+    places = _connect(settings)
     with contextlib.ExitStack() as held:
         for study in studies:
             check_same_study(study)
@@ -71,7 +71,7 @@ def run_on_ray(settings: Any, studies: list[StudyConfig], console: Console) -> N
             held.enter_context(root.lock())
             atomic_write_text(root.config, dump_config(study))
         try:
-            failed = _Board(settings, studies, console).run()
+            failed = _Board(settings, studies, console, places).run()
         finally:
             ray.shutdown()
     if failed:
@@ -79,7 +79,8 @@ def run_on_ray(settings: Any, studies: list[StudyConfig], console: Console) -> N
         raise OSError(f"{len(failed)} of the sweep's runs failed, first {job.name}: {job.reason}")
 
 
-def _connect(settings: Any) -> None:
+def _connect(settings: Any) -> int:
+    """Joins or starts a cluster; gives how many tasks it can run at the same time."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # Ray would otherwise hide a worker's accelerators from tasks that ask for none of them.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -99,22 +100,26 @@ def _connect(settings: Any) -> None:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"sweep.address={settings.address}: no Ray cluster: {line}") from None
     there = ray.cluster_resources()
-    for name, each in (("CPU", settings.cpus), ("GPU", settings.gpus), ("TPU", settings.tpus)):
-        if each * settings.hosts > there.get(name, 0):
+    wanted = {"CPU": settings.cpus, "GPU": settings.gpus, "TPU": settings.tpus}
+    wanted = {name: each * settings.hosts for name, each in wanted.items() if each}
+    for name, count in wanted.items():
+        if count > there.get(name, 0):
             ray.shutdown()
             raise ConfigError(
-                f"sweep: an arm needs {each * settings.hosts:g} {name}, the cluster has "
-                f"{there.get(name, 0):g}"
+                f"sweep: an arm needs {count:g} {name}, the cluster has {there.get(name, 0):g}"
             )
+    return min((int(there[name] / count) for name, count in wanted.items()), default=1)
 
 
 class _Board:
     """Starts jobs, watches them, starts lost ones again, and shows where they are."""
 
-    def __init__(self, settings: Any, studies: list[StudyConfig], console: Console) -> None:
-        self._settings, self._console = settings, console
+    def __init__(
+        self, settings: Any, studies: list[StudyConfig], console: Console, places: int
+    ) -> None:
+        self._settings, self._console, self._places = settings, console, places
         self._jobs: list[Job] = []
-        self._running: dict[Any, Job] = {}
+        self._running: dict[Any, list[Job]] = {}
         for study in studies:
             name = Path(study.run_dir).name
             self._jobs.append(Job(study, PREPARE, f"{name}: profiles and plans", None, 0))
@@ -139,35 +144,47 @@ class _Board:
         return [job for job in self._jobs if job.state == "failed"]
 
     def _start_ready(self) -> None:
-        prepared = {
-            id(job.study) for job in self._jobs if job.number == PREPARE and job.state == "done"
-        }
         for job in self._jobs:
-            if job.state == "waiting" and (job.number == PREPARE or id(job.study) in prepared):
-                if job.number != PREPARE and is_done(arm_configs(job.study)[job.number]):
-                    job.state = "done"
-                    continue
-                job.state = "running"
-                self._running[self._start(job)] = job
+            if job.number == PREPARE and job.state == "waiting":
+                self._start([job])
+            elif job.number == PREPARE and job.state == "done":
+                self._start_arms(job.study)
 
-    def _start(self, job: Job) -> Any:
+    def _start_arms(self, study: StudyConfig) -> None:
+        """Those of a prepared study that wait, in its rounds; of what is done there is none."""
+        waiting = [job for job in self._jobs if job.study is study and job.state == "waiting"]
+        if not waiting:
+            return
+        for numbers in json.loads(StudyFiles(study.run_dir).rounds.read_text(encoding="utf-8")):
+            if together := [job for job in waiting if job.number in numbers]:
+                self._start(together)
+        for job in waiting:
+            job.state = "done" if job.state == "waiting" else job.state
+
+    def _start(self, jobs: list[Job]) -> None:
+        """As one task."""
         settings = self._settings
-        raw = json.dumps(encode_config(job.study))
+        raw = json.dumps(encode_config(jobs[0].study))
+        given = (raw, [job.number for job in jobs], self._places)
         if settings.hosts > 1:
             task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(run_over_hosts)
-            return task.remote(raw, job.number, settings)
-        resources = {"TPU": settings.tpus} if settings.tpus else {}
-        task = ray.remote(
-            num_cpus=settings.cpus,
-            num_gpus=settings.gpus,
-            resources=resources,
-            max_retries=0,
-            # A worker keeps an accelerator's memory until it ends.
-            max_calls=1,
-        )(run_part)
-        return task.remote(raw, job.number)
+            ref = task.remote(*given, settings)
+        else:
+            resources = {"TPU": settings.tpus} if settings.tpus else {}
+            task = ray.remote(
+                num_cpus=settings.cpus,
+                num_gpus=settings.gpus,
+                resources=resources,
+                max_retries=0,
+                # A worker keeps an accelerator's memory until it ends.
+                max_calls=1,
+            )(run_part)
+            ref = task.remote(*given)
+        self._running[ref] = jobs
+        for job in jobs:
+            job.state = "running"
 
-    def _finish(self, ref: Any, job: Job) -> None:
+    def _finish(self, ref: Any, jobs: list[Job]) -> None:
         try:
             outcome = ray.get(ref)
         except (
@@ -179,7 +196,20 @@ class _Board:
             outcome = ("lost", (str(error).splitlines() or [""])[0])
         except exceptions.RayError as error:
             outcome = ("failed", (str(error).splitlines() or [""])[-1])
-        kind, job.reason = outcome
+        kind, reason = outcome
+        for job in jobs:
+            self._note(job, "done" if self._has_ended(job) else kind, reason)
+
+    def _has_ended(self, job: Job) -> bool:
+        """Whether an arm is done, whatever became of those beside it."""
+        if job.number == PREPARE:
+            return False
+        arm, config = list_arms(job.study)[job.number], arm_configs(job.study)[job.number]
+        return Runner(job.study, self._console).has_ended(arm, config)
+
+    def _note(self, job: Job, kind: str, reason: str) -> None:
+        """What became of a job: done, lost or failed."""
+        job.reason = "" if kind == "done" else reason
         if kind == "lost" and job.lost < self._settings.retries:
             job.lost += 1
             job.state = "waiting"
@@ -227,84 +257,3 @@ def _newest(job: Job) -> tuple[str, str]:
             if "reward" in record:
                 return f"{record['step']}/{job.steps}", f"{record['reward']:.3f}"
     return "", ""
-
-
-def run_part(raw: str, number: int, logs: bool = True) -> tuple[str, str]:
-    """In a worker: one job of a study; gives ("done" | "lost" | "failed", why)."""
-    from jaxgrpo.records.run_directory import DivergedError
-    from jaxgrpo.study.arms import Runner
-    from jaxgrpo.study.config import Interrupted
-
-    study: StudyConfig = decode_config(json.loads(raw), StudyConfig)
-    log = StudyFiles(study.run_dir).root / "logs"
-    log.mkdir(exist_ok=True)
-    name = "prepare" if number == PREPARE else list_arms(study)[number].name
-    with (log / f"{name}.txt").open("a", encoding="utf-8") as file:
-        runner = Runner(study, Console(file=file, width=100, quiet=not logs))
-        try:
-            runner.prepare() if number == PREPARE else runner.arm(number)
-        except Interrupted:  # the node is being taken away; what was running is saved
-            return "lost", "interrupted"
-        except (ConfigError, OSError, DivergedError) as error:
-            return "failed", str(error)
-    return "done", ""
-
-
-def run_over_hosts(raw: str, number: int, settings: Any) -> tuple[str, str]:
-    """The same over several processes, which Ray Train starts together and starts again together
-    when one of them is lost."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.jax import JaxTrainer
-
-    study: StudyConfig = decode_config(json.loads(raw), StudyConfig)
-    each = {"CPU": settings.cpus, "GPU": settings.gpus, "TPU": settings.tpus}
-    trainer = JaxTrainer(
-        _train_loop,
-        train_loop_config={"raw": raw, "number": number},
-        scaling_config=ScalingConfig(
-            num_workers=settings.hosts,
-            use_tpu=settings.tpus > 0,
-            use_gpu=settings.gpus > 0,
-            topology=settings.tpu_topology,
-            accelerator_type=settings.tpu_type,
-            resources_per_worker={name: n for name, n in each.items() if n},
-        ),
-        run_config=RunConfig(
-            name=f"part-{number}",
-            storage_path=str(StudyFiles(study.run_dir).root / "ray"),
-            failure_config=FailureConfig(max_failures=settings.retries),
-        ),
-    )
-    try:
-        trainer.fit()
-    except Exception as error:
-        return "failed", (str(error).splitlines() or [type(error).__name__])[-1]
-    return "done", ""
-
-
-def _train_loop(given: dict) -> None:
-    """In every worker of a JaxTrainer."""
-    import ray.train
-    from ray.train.collective import broadcast_from_rank_zero
-
-    context = ray.train.get_context()
-    import jax
-
-    if not jax.distributed.is_initialized():  # Ray does so for TPUs and GPUs alone
-        address = broadcast_from_rank_zero(_free_address())
-        os.environ["JAX_COORDINATOR_ADDRESS"] = address
-        os.environ["JAX_NUM_PROCESSES"] = str(context.get_world_size())
-        os.environ["JAX_PROCESS_ID"] = str(context.get_world_rank())
-    from jaxgrpo.processes import joined
-
-    with joined() as first:
-        outcome, reason = run_part(given["raw"], given["number"], first)
-    if outcome != "done":
-        raise RuntimeError(reason)
-
-
-def _free_address() -> str:
-    host = ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return f"{host}:{probe.getsockname()[1]}"

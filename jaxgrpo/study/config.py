@@ -223,6 +223,7 @@ class StudyFiles:
         self.html = self.root / "report.html"
         self.design = self.root / "design.json"
         self.reports = self.root / "reports.json"
+        self.rounds = self.root / "rounds.json"
 
     def calibration(self, objective: str) -> Path:
         return self.root / f"calibration{'' if objective == 'grpo' else f'-{objective}'}.json"

@@ -21,10 +21,10 @@ from jaxgrpo.evaluate import EvalPlace
 from jaxgrpo.evaluate_run import run_eval
 from jaxgrpo.loop import Replan, TrainResult, summary
 from jaxgrpo.model.adapters import save_adapter
-from jaxgrpo.processes import first_process
+from jaxgrpo.processes import check_agreement, first_process
 from jaxgrpo.programs import Programs, make_programs
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json, atomic_write_text
-from jaxgrpo.session import Session, open_session, warn_user
+from jaxgrpo.session import Session, open_model, open_session, warn_user
 from jaxgrpo.study.config import Interrupted, StudyFiles
 from jaxgrpo.study.dynamic import cut_adapter
 from jaxgrpo.train import train_arms, train_session
@@ -116,11 +116,15 @@ class Lab:
             self._console.print(f"accuracy {result.after.describe()}", highlight=False)
 
     def together(self, config: Config, most: int) -> int:
-        """How many arms like this one, at most so many, are trained side by side."""
-        session = self.session.with_config(config)
-        return fitting_arms(
-            config, session.model_config, session.plan, dict(session.mesh.shape), most
-        )
+        """How many arms like this one, at most so many, are trained side by side.
+
+        Raises:
+            ConfigError: processes of the job find it different.
+        """
+        model = open_model(config)  # without its weights: arms may be trained elsewhere
+        found = fitting_arms(config, model.model_config, model.plan, dict(model.mesh.shape), most)
+        check_agreement("room for arms side by side: give study.together", str(found))
+        return found
 
     def run_arms(
         self, title: str, configs: Sequence[Config], slots: int

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from jaxgrpo.study.config import (
     list_arms,
     scaled_lora,
 )
+from jaxgrpo.study.sections import DYNAMIC
 
 
 def has_plan_file(arm: Arm) -> bool:
@@ -131,6 +132,41 @@ def share_programs(one: Config, other: Config) -> bool:
         )
 
     return shared(one) == shared(other)
+
+
+def alike_arms(config: StudyConfig, numbers: Sequence[int]) -> list[list[int]]:
+    """These of `list_arms`, those that may be trained side by side in one list."""
+    arms, configs = list_arms(config), arm_configs(config)
+    found: list[list[int]] = []
+    for number in numbers:
+        for alike in found:
+            both = (number, alike[0])
+            if not any(arms[n].plan in DYNAMIC for n in both) and share_programs(
+                *(configs[n] for n in both)
+            ):
+                alike.append(number)
+                break
+        else:
+            found.append([number])
+    return found
+
+
+class Round(NamedTuple):
+    """Arms that are trained side by side, or one by itself.
+
+    Attributes:
+        numbers: of `list_arms`.
+        slots: how many its programs have room for.
+    """
+
+    numbers: list[int]
+    slots: int
+
+
+def split_rounds(alike: Sequence[int], most: int) -> list[Round]:
+    """As few rounds as there can be, as even as there can be, so that they share programs."""
+    parts = np.array_split(np.asarray(alike), -(-len(alike) // most))
+    return [Round(part.tolist(), len(parts[0])) for part in parts]
 
 
 def cut_config(config: StudyConfig, arm: Arm, criterion: str, share: float) -> Config:

@@ -216,8 +216,9 @@ class StudySettings:
     """A factorial in blocks, in place of `arms`."""
     together: int | None = None
     """So many arms are trained side by side in the same programs, of those that differ in seed,
-    plan, scale rule and learning rate alone. Default: as many as memory allows on an accelerator,
-    one on a CPU. It changes how long a study takes, and nothing else."""
+    plan, scale rule and learning rate alone, at most. Default: as many as memory allows on an
+    accelerator, one on a CPU; a sweep first gives every worker some. It changes how long a study
+    takes, and nothing else."""
     only: tuple[str, ...] = ()
     """Runs these parts and ends: `prepare` (profile, plans), and after it, side by side, `probes`,
     an arm's name or that of its group, or s3 for every arm of seed or block 3. Default: all."""

@@ -1,4 +1,4 @@
-"""A sweep: studies of several model sizes whose arms run side by side on Ray, or in turn without.
+"""A sweep: studies of several model sizes whose arms are tasks of Ray, or run in turn without it.
 
 No jax: what computes runs in Ray's workers, or in the study itself.
 """
@@ -21,25 +21,26 @@ from jaxgrpo.study.result_types import Results
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What `sweep:` holds: which models, and what an arm gets of the cluster."""
+    """What `sweep:` holds: which models, and what a task gets of the cluster: an arm, or as many
+    side by side as `study.together` says."""
 
     models: tuple[str, ...] = ()
     """As `model.path`; one study each, under run_dir by the model's name. Default: model.path."""
     engine: Literal["auto", "ray", "sequential"] = "auto"
-    """auto: Ray if it is installed, otherwise one arm after another."""
+    """auto: Ray if it is installed, otherwise one study after another, as `study` does."""
     address: str | None = None
     """A running Ray cluster, `auto` for the one around; default: one on this machine."""
     hosts: int = 1
-    """Processes of an arm: 1 runs it as a task, more through Ray Train's JaxTrainer."""
+    """Processes of a task: 1 runs it on its own, more through Ray Train's JaxTrainer."""
     cpus: float = 1.0
     """Per process; so are gpus and tpus (chips)."""
     gpus: float = 0.0
     tpus: float = 0.0
     tpu_type: str | None = None
-    """Ray's name of the slice an arm spans, TPU-V6E for instance, with tpu_topology 4x4."""
+    """Ray's name of the slice a task spans, TPU-V6E for instance, with tpu_topology 4x4."""
     tpu_topology: str | None = None
     retries: int = 3
-    """How often an arm whose worker was lost is started again, from its own checkpoint."""
+    """How often arms whose worker was lost are started again, from their own checkpoints."""
 
     def __post_init__(self) -> None:
         for name in ("cpus", "gpus", "tpus", "retries"):

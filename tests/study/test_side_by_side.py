@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import yaml
+from rich.console import Console
 
 from jaxgrpo.ahead.memory import fitting_arms, foretell
 from jaxgrpo.ahead.shapes import remat_of_run
@@ -16,7 +17,8 @@ from jaxgrpo.model.presets import PRESETS
 from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import main
-from jaxgrpo.study.config import StudyConfig
+from jaxgrpo.study.arms import Runner
+from jaxgrpo.study.config import StudyConfig, list_arms
 from jaxgrpo.study.runs import arm_configs, share_programs
 
 SETTINGS = {
@@ -90,6 +92,38 @@ def test_what_may_share_programs(tmp_path):
     wider = dataclasses.replace(first, lora=dataclasses.replace(first.lora, max_rank=8))
     supervised = dataclasses.replace(first, objective="sft")
     assert not any(share_programs(first, other) for other in (longer, wider, supervised))
+
+
+@pytest.mark.parametrize(
+    ("together", "fit", "places", "sizes"),
+    [
+        (1, 16, 1, [1] * 9),
+        (3, 16, 1, [3, 3, 1, 1, 1]),
+        # Even rounds, which the same programs train.
+        (4, 16, 1, [3, 3, 1, 1, 1]),
+        (None, 16, 1, [6, 1, 1, 1]),
+        (None, 5, 1, [3, 3, 1, 1, 1]),
+        # Every worker of a cluster has some, unless the user says how many go together.
+        (None, 16, 2, [3, 3, 1, 1, 1]),
+        (None, 16, 4, [2, 2, 2, 1, 1, 1]),
+        (None, 16, 9, [1] * 9),
+        (6, 16, 9, [6, 1, 1, 1]),
+    ],
+)
+def test_the_rounds_of_a_study(tmp_path, monkeypatch, together, fit, places, sizes):
+    monkeypatch.setattr("jaxgrpo.study.lab.Lab.together", lambda self, config, most: min(fit, most))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SETTINGS))
+    words = [f"run_dir={tmp_path}", "study.arms.seeds=[0,1,2]"]
+    words += [] if together is None else [f"study.together={together}"]
+    config = load_config([tmp_path / "study.yaml"], words, StudyConfig)
+    rounds = Runner(config, Console(quiet=True)).rounds(range(9), places)
+    assert sorted(len(group.numbers) for group in rounds) == sizes[::-1]
+    assert sorted(number for group in rounds for number in group.numbers) == list(range(9))
+    arms = list_arms(config)
+    for group in rounds:
+        if len(group.numbers) > 1:
+            assert "adaptive" not in {arms[n].plan for n in group.numbers}
+            assert group.slots == max(sizes)
 
 
 def test_as_many_arms_as_memory_allows():

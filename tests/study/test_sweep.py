@@ -112,9 +112,11 @@ def test_without_ray_an_arm_over_hosts_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.multihost
-def test_a_sweep_with_a_killed_worker_equals_the_sequential_one(tmp_path):
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_sweep_with_a_killed_worker_equals_the_sequential_one(tmp_path, together):
     pytest.importorskip("ray")
-    sweep = start(tmp_path / "ray", "sweep.engine=ray")
+    words = [f"study.together={together}"]
+    sweep = start(tmp_path / "ray", "sweep.engine=ray", *words)
     arms = tmp_path / "ray" / "study" / "arms"
     deadline = time.monotonic() + 500
     victim = None
@@ -131,11 +133,14 @@ def test_a_sweep_with_a_killed_worker_equals_the_sequential_one(tmp_path):
     os.kill(int((victim / ".lock").read_text().split()[1]), signal.SIGKILL)
     assert sweep.wait(1800) == 0, (tmp_path / "ray" / "out.txt").read_text()
     said = (tmp_path / "ray" / "out.txt").read_text()
-    assert "its worker was lost; starting it again" in said
-    assert "resuming" in (tmp_path / "ray" / "study" / "logs" / f"{victim.name}.txt").read_text()
+    assert said.count("its worker was lost; starting it again") == together
+    # The first arm of a task speaks.
+    logs = tmp_path / "ray" / "study" / "logs"
+    assert sum("resuming" in log.read_text() for log in logs.iterdir()) == 1
+    assert len(list(logs.iterdir())) == 1 + 6 // together
     steps = [r["step"] for r in read_jsonl(victim / "metrics.jsonl") if "loss" in r]
     assert steps == list(range(1, 31))
-    sequential = start(tmp_path / "alone", "sweep.engine=sequential")
+    sequential = start(tmp_path / "alone", "sweep.engine=sequential", *words)
     assert sequential.wait(1800) == 0, (tmp_path / "alone" / "out.txt").read_text()
     assert numbers(tmp_path / "ray") == numbers(tmp_path / "alone")
     for arm in arms.iterdir():
