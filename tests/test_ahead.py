@@ -301,6 +301,8 @@ def test_topologies():
         (["--topology", "16"], "is not written as CHIP:AxB"),
         (["--topology"], "--topology needs a value"),
         (["--devices", "8", "--quick"], "it goes with --topology"),
+        (["--arms", "4"], "it goes with --topology or --devices"),
+        (["--devices", "1", "--arms", "x"], "--arms 'x' is no number from 1 to 4096"),
         (["--devices", "0"], "no number from 1 to 4096"),
         (["--devices=8", "--topology=v5e:4x4"], "give one of them"),
         (["--devices", "8", "mesh.data=3"], "needs 3 devices, there are 8"),

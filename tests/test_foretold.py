@@ -1,4 +1,4 @@
-"""What is told by formula (`--dry-run`) and from compiled programs (`check --devices 1`) agrees."""
+"""What is told by formula (`--dry-run`) and from compiled programs (`check --devices`) agrees."""
 
 import json
 import re
@@ -79,3 +79,20 @@ def test_formula_and_compiled_programs_agree(capsys, model_of, name, remat):
         assert number(rf"{program} ([0-9.e+-]+)", dry.split("TFLOP")[-1]) == pytest.approx(
             compiled, rel=0.05
         )
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_of_several_arms_too(capsys, devices):
+    """On a mesh rows are split over `data`; adapters, and states on their way, are not."""
+    words = ["grpo.prompts_per_step=4", "grpo.group_size=4"]
+    said = told(capsys, "check", "--devices", str(devices), "--arms", "4", *words)
+    assert "4 arms of 448 ranks" in said
+    for program in ("layout", "rollout", "train"):
+        row = rf"all while {program} runs"
+        compiled, foretold = (
+            number(rf"{row} ([0-9.]+)", said),
+            number(rf"{row} \S+ ([0-9.]+)", said),
+        )
+        assert foretold == pytest.approx(compiled, rel=0.1), program
+    compiled, foretold = number(r"rollout ([0-9.]+)", said), number(r"rollout \S+ ([0-9.]+)", said)
+    assert foretold == pytest.approx(compiled, rel=0.01)

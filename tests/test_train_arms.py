@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 
@@ -43,11 +44,12 @@ PLANS = {
 class Lab:
     """One open model, the programs of one run, and those of five arms."""
 
-    def __init__(self, plans):
-        config = load_config([EMBEDDED_CONFIG], [*SETTINGS, "run_dir=unused", "lora.max_rank=6"])
+    def __init__(self, plans, *words, devices=1):
+        given = [*SETTINGS, "run_dir=unused", "lora.max_rank=6", *words]
+        config = load_config([EMBEDDED_CONFIG], given)
         with pytest.MonkeyPatch.context() as patch:  # one device compiles in half the time
             patch.setattr(
-                "jaxgrpo.session.make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1])
+                "jaxgrpo.session.make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices])
             )
             session = open_session(config)
         self.plans, self.at = plans, {}
@@ -83,26 +85,33 @@ class Lab:
         with jax.set_mesh(self.session.mesh):
             return train_arms(sessions, self.together, QUIET)
 
+    def run_alone(self, names, root):
+        """Every arm by itself, in the ordinary programs."""
+        with jax.set_mesh(self.session.mesh):
+            for name in names:
+                session = self.arm(name, root)
+                # The learning rate is part of a single run's programs.
+                programs = make_programs(session) if name == "faster" else self.alone
+                train_session(session, programs, QUIET)
+        return root
+
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def plans(tmp_path_factory):
     plans = tmp_path_factory.mktemp("plans")
     for number, ranks in enumerate(PLANS.values()):
         (plans / f"{number}.json").write_text(json.dumps({"ranks": ranks}))
+    return plans
+
+
+@pytest.fixture(scope="module")
+def lab(plans):
     return Lab(plans)
 
 
 @pytest.fixture(scope="module")
 def alone(lab, tmp_path_factory):
-    """Every arm by itself, in the ordinary programs."""
-    root = tmp_path_factory.mktemp("alone")
-    with jax.set_mesh(lab.session.mesh):
-        for name in PLANS:
-            session = lab.arm(name, root)
-            # The learning rate is part of a single run's programs.
-            programs = make_programs(session) if name == "faster" else lab.alone
-            train_session(session, programs, QUIET)
-    return root
+    return lab.run_alone(PLANS, tmp_path_factory.mktemp("alone"))
 
 
 def steps(run):
@@ -215,3 +224,27 @@ def test_other_objectives_too(lab, tmp_path, words):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5, abs=1e-6)
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-5, abs=1e-6)
             assert np.isfinite(b["loss"])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "names"),
+    [
+        ({"data": 2}, list(PLANS)),
+        pytest.param({"data": 1, "fsdp": 2}, ["uniform", "unequal"], marks=pytest.mark.slow),
+        pytest.param({"data": 1, "model": 2}, ["uniform", "unequal"], marks=pytest.mark.slow),
+        pytest.param(
+            {"data": 2, "fsdp": 2, "model": 2}, ["uniform", "faster"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=["data", "fsdp", "model", "all"],
+)
+def test_arms_on_a_mesh_are_what_they_are_alone_on_it(plans, tmp_path, mesh, names):
+    words = [f"mesh.{axis}={size}" for axis, size in mesh.items()]
+    lab = Lab(plans, *words, "eval.after_training=false", devices=math.prod(mesh.values()))
+    together, alone = tmp_path / "together", lab.run_alone(names, tmp_path / "alone")
+    results = lab.run([lab.arm(name, together) for name in names])
+    assert not any(isinstance(result, Exception) for result in results)
+    for name in names:
+        assert_same_run(together / name, alone / name)
+        # What a step leaves lies where the next one wants it.
+        assert [m["time/programs_compiled"] for m in steps(together / name)[1:]] == [0, 0]

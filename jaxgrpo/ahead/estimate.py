@@ -49,6 +49,7 @@ class Estimate:
             says that it needs.
         foretold: the same by formula.
         quick: compiled with less effort than a run would be (`QUICK_OPTIONS`).
+        arms: so many runs are sampled and updated together.
         resharded: bytes that each device receives when the sampler's weights are laid out.
     """
 
@@ -64,6 +65,7 @@ class Estimate:
     limit: int | None
     resharded: int
     quick: bool = False
+    arms: int = 1
 
     @property
     def shortfall(self) -> int:
@@ -92,7 +94,8 @@ class Estimate:
     def tokens_per_second(self) -> float | None:
         """Completion tokens of a step over its time, all devices together."""
         seconds = self.step_seconds
-        tokens = self.config.grpo.rows_per_step * self.config.rollout.max_completion_tokens
+        rows = self.arms * self.config.grpo.rows_per_step
+        tokens = rows * self.config.rollout.max_completion_tokens
         return None if not seconds else tokens / seconds
 
 
@@ -103,16 +106,18 @@ def estimate(
     mesh: Mesh,
     chip: Chip | None,
     quick: bool = False,
+    arms: int = 1,
 ) -> Estimate:
     """Compiles the programs of a run for a mesh and adds up what they say.
 
     Args:
         chip: what the mesh's devices are; None: whatever is here, without a roofline.
         quick: compile in a third of the time, with `QUICK_OPTIONS`.
+        arms: so many runs are sampled and updated together.
     """
     model = replace(model, device=device_of(mesh, None if chip is None else chip.hbm_bytes))
     limit, remat = model.device.memory, remat_of_run(config, model)
-    lowered = Lowered(config, model, plan, mesh, remat, quick)
+    lowered = Lowered(config, model, plan, mesh, remat, quick, arms)
     programs: dict[str, Program] = {}
     refused: dict[str, int] = {}
     for name in PROGRAMS:
@@ -139,10 +144,11 @@ def estimate(
         programs=programs,
         memory=memory,
         phases=phases,
-        foretold=foretell(config, model, plan, mesh.shape, remat),
+        foretold=foretell(config, model, plan, mesh.shape, remat, arms),
         limit=limit,
         resharded=resharded_bytes(model, mesh),
         quick=quick,
+        arms=arms,
     )
 
 
@@ -187,7 +193,8 @@ def _memory(
     lowered: Lowered, programs: dict[str, Program], refused: dict[str, int]
 ) -> tuple[dict[str, int], dict[str, int]]:
     arguments = lowered.arguments
-    frozen, state = bytes_per_device(arguments.base), bytes_per_device(arguments.state)
+    frozen = bytes_per_device(arguments.base)
+    state = bytes_per_device(lowered.of_arms(arguments.state))
     memory = {FROZEN: frozen, STATE: state}
     held = frozen + state
     phases = {name: held + size for name, size in refused.items()}
@@ -199,7 +206,7 @@ def _memory(
         memory[WORKING[name]] = program.working
         phases[name] = held + program.working + (sampler if name != "train" else 0)
         if name == "train":
-            batch = bytes_per_device(arguments.batch)
+            batch = bytes_per_device(lowered.of_arms(arguments.batch))
             memory[BATCH] = batch
             phases[name] += batch
     return memory, phases

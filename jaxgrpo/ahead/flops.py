@@ -16,12 +16,14 @@ from jaxgrpo.model.sampler import TOGETHER
 from jaxgrpo.rank_plan import RankPlan
 
 
-def rollout_flops(config: Config, model: QwenConfig, plan: RankPlan) -> float:
+def rollout_flops(config: Config, model: QwenConfig, plan: RankPlan, arms: int = 1) -> float:
     """Prefill of every prompt and a full decode of every completion, over all devices. Of attention
-    all scores: plain attention computes the masked half too."""
-    prompts, rows = config.grpo.prompts_per_step, config.grpo.rows_per_step
+    all scores: plain attention computes the masked half too. Every row goes through the adapters
+    of all arms."""
+    prompts, rows = arms * config.grpo.prompts_per_step, arms * config.grpo.rows_per_step
     prompt, width = row_slots(config)
-    layers = model.num_layers * (layer_parameters(model) + carried_parameters(model, plan))
+    carried = arms * carried_parameters(model, plan)
+    layers = model.num_layers * (layer_parameters(model) + carried)
     head = head_parameters(model)
     attention = 4.0 * model.num_heads * model.head_dim * model.num_layers
     prefill = prompts * prompt * (2.0 * layers + attention * prompt)

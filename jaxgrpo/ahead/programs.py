@@ -45,7 +45,7 @@ train step, one third in the rollout."""
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the programs take, as descriptions with shardings."""
+    """What the programs take, as descriptions with shardings; state, plan and batch of one arm."""
 
     base: Tree
     state: TrainState
@@ -53,13 +53,14 @@ class Arguments:
     prompt_tokens: Any
     prompt_mask: Any
     key: Any
+    caps: Any
     batch: TrainBatch
 
 
 def describe_arguments(
-    config: Config, model: QwenConfig, plan: RankPlan, mesh: Mesh, optimizer: Any
+    config: Config, model: QwenConfig, plan: RankPlan, mesh: Mesh, optimizer: Any, arms: int = 1
 ) -> Arguments:
-    """Shapes and shardings of a run's largest step."""
+    """Shapes and shardings of the largest step of a run, or of so many arms."""
     whole = NamedSharding(mesh, PartitionSpec())
 
     def replicated(tree: Any) -> Any:
@@ -96,9 +97,12 @@ def describe_arguments(
         base=describe_base(model, mesh),
         state=jax.tree_util.tree_map_with_path(like_lora, state),
         plan=replicated(jax.eval_shape(lambda: device_plan(plan))),
-        prompt_tokens=rows((prompts, prompt), jnp.int32),
-        prompt_mask=rows((prompts, prompt), jnp.bool_),
-        key=replicated(jax.eval_shape(lambda: jax.random.key(0))),
+        prompt_tokens=rows((arms * prompts, prompt), jnp.int32),
+        prompt_mask=rows((arms * prompts, prompt), jnp.bool_),
+        key=replicated(
+            jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (arms,) * (arms > 1)))
+        ),
+        caps=None if arms == 1 else rows((arms * count,), jnp.int32),
         batch=batch,
     )
 
@@ -123,7 +127,7 @@ def describe_packing(config: Config, model: QwenConfig, mesh: Mesh) -> Packing:
 
 
 class Lowered:
-    """The programs of one configuration on one mesh, compiled when asked for.
+    """The programs of a run, or of several arms, on one mesh, compiled when asked for.
 
     Attributes:
         arguments: what they take.
@@ -138,12 +142,13 @@ class Lowered:
         mesh: Mesh,
         remat: str,
         quick: bool = False,
+        arms: int = 1,
     ) -> None:
         """`remat` is resolved already: devices that are not there do not tell their memory."""
         self._options: Any = QUICK_OPTIONS if quick else None
         optimizer = make_optimizer(config.optim, config.steps * config.grpo.num_iterations)
-        self._config, self._model, self._mesh = config, model, mesh
-        self.arguments = describe_arguments(config, model, plan, mesh, optimizer)
+        self._config, self._model, self._mesh, self._arms = config, model, mesh, arms
+        self.arguments = describe_arguments(config, model, plan, mesh, optimizer, arms)
         self.sampler: Tree | None = None
         # Made outside the mesh, so that their constants stay on the host.
         stop = StopRules((model.vocab_size - 1,))
@@ -160,9 +165,13 @@ class Lowered:
         with jax.set_mesh(self._mesh):
             return {"layout": self._layout, "rollout": self._rollout, "train": self._train}[name]()
 
+    def of_arms(self, of_one: Any) -> Any:
+        """What the programs take for what one arm has."""
+        return of_one if self._arms == 1 else (of_one,) * self._arms
+
     def _layout(self) -> Any:
         a = self.arguments
-        adapters = Adapters(a.state.lora, a.plan)
+        adapters = self.of_arms(Adapters(a.state.lora, a.plan))
         lowered = make_decode_weights.lower(self._model, a.base, adapters)
         compiled = lowered.compile(self._options)
         self.sampler = describe_results(lowered, compiled)
@@ -172,12 +181,14 @@ class Lowered:
         if self.sampler is None:
             self._layout()
         a = self.arguments
-        lowered = self._generate.lower(self.sampler, a.prompt_tokens, a.prompt_mask, a.key)
-        return lowered.compile(self._options)
+        rows = (a.prompt_tokens, a.prompt_mask, a.key, a.caps)
+        return self._generate.lower(self.sampler, *rows).compile(self._options)
 
     def _train(self) -> Any:
         a = self.arguments
-        return self._train_step.lower(a.state, a.base, a.plan, a.batch).compile(self._options)
+        state, plan, batch = map(self.of_arms, (a.state, a.plan, a.batch))
+        rate = self.of_arms(None if self._arms == 1 else jax.ShapeDtypeStruct((), jnp.float32))
+        return self._train_step.lower(state, a.base, plan, batch, rate).compile(self._options)
 
     def shared_bytes(self) -> int:
         """What of the sampler's weights is training's own copy: tables in the same layout."""

@@ -23,10 +23,11 @@ def print_estimate(
 ) -> None:
     """Model and mesh, memory by kind, operations and collectives by program, time."""
     grpo = found.config.grpo
+    arms = f"{found.arms} arms of " if found.arms > 1 else ""
     console.print(
-        f"{found.model.num_parameters:,} parameters in {found.model.dtype}, {plan.total_rank:,} "
-        f"ranks, {grpo.prompts_per_step} prompts x {grpo.group_size} completions, remat "
-        f"{found.remat}\nmesh {found.mesh} on {where}",
+        f"{found.model.num_parameters:,} parameters in {found.model.dtype}, {arms}"
+        f"{plan.total_rank:,} ranks, {grpo.prompts_per_step} prompts x {grpo.group_size} "
+        f"completions, remat {found.remat}\nmesh {found.mesh} on {where}",
         highlight=False,
     )
     console.print(_memory_table(found))
@@ -120,8 +121,8 @@ def _program_table(found: Estimate, plan: RankPlan) -> Table:
     for heading in ("program", "TFLOP", "by formula", "GB of memory", "s at best", "collectives s"):
         table.add_column(heading, justify="left" if heading == "program" else "right")
     formulas = {
-        "rollout": rollout_flops(found.config, found.model, plan),
-        "train": train_hardware_flops(found.config, found.model, plan, found.remat),
+        "rollout": rollout_flops(found.config, found.model, plan, found.arms),
+        "train": found.arms * train_hardware_flops(found.config, found.model, plan, found.remat),
     }
     for name, program in found.programs.items():
         formula = formulas.get(name)

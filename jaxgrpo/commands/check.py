@@ -24,6 +24,8 @@ class CheckSettings(Config):
     devices: int | None = None
     """So many devices of this machine, written --devices 8; without an accelerator they are
     simulated."""
+    arms: int | None = None
+    """Compile for so many arms side by side, written --arms 4."""
     quick: bool = False
     """Compile with less effort, written --quick."""
 
@@ -33,7 +35,7 @@ class CheckSettings(Config):
 
 
 def take_options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Splits --topology, --devices and --quick off."""
+    """Splits --topology, --devices, --arms and --quick off."""
     rest, found = [], {}
     pending = list(words)
     while pending:
@@ -41,7 +43,7 @@ def take_options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
         if name == "--quick" and not equals:
             found["quick"] = True
             continue
-        if name not in ("--topology", "--devices"):
+        if name not in ("--topology", "--devices", "--arms"):
             rest.append(name + equals + value)
             continue
         if not equals:
@@ -53,10 +55,12 @@ def take_options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
         raise ConfigError("--topology and --devices both say where; give one of them")
     if "quick" in found and "topology" not in found:
         raise ConfigError("--quick is about compiling for TPUs; it goes with --topology")
-    if "devices" in found:
-        if not found["devices"].isdecimal() or not 1 <= int(found["devices"]) <= 4096:
-            raise ConfigError(f"--devices {found['devices']!r:.20} is no number from 1 to 4096")
-        found["devices"] = int(found["devices"])
+    if "arms" in found and not found.keys() & {"topology", "devices"}:
+        raise ConfigError("--arms is about compiling; it goes with --topology or --devices")
+    for name in found.keys() & {"devices", "arms"}:
+        if not found[name].isdecimal() or not 1 <= int(found[name]) <= 4096:
+            raise ConfigError(f"--{name} {found[name]!r:.20} is no number from 1 to 4096")
+        found[name] = int(found[name])
     return rest, found
 
 
@@ -115,7 +119,7 @@ def compile_for(settings: CheckSettings, console: Console) -> int:
         mesh = make_mesh(config.mesh, devices)
         check_divisible(config, mesh)
         check_model_axis(model, mesh)
-        return estimate(config, model, plan, mesh, chip, settings.quick)
+        return estimate(config, model, plan, mesh, chip, settings.quick, settings.arms or 1)
 
     found = examine(config, devices)
     where = str(topology) if topology else f"{len(devices)} x {devices[0].device_kind}"
@@ -183,7 +187,8 @@ CHECK = Command(
     "                       what to change if it does not fit (needs libtpu)\n"
     "  --quick              that in a third of the time: fit, operations and traffic\n"
     "                       as above, but more bytes, and steps up to 40 % longer\n"
-    "  --devices 8          the same for a mesh of simulated CPU devices\n\n"
+    "  --devices 8          the same for a mesh of simulated CPU devices\n"
+    "  --arms 4             the same of four arms that a study trains side by side\n\n"
     "A run that does not fit ends with 1.",
     "check lora.rank=4",
     config=CheckSettings,

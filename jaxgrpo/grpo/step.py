@@ -166,7 +166,7 @@ def make_train_step(
         # One after the other: the rows of one fill the device.
         arms = stack_arms((state, plan, batch, learning_rate))
         states, metrics = jax.lax.map(lambda arm: update(base, *arm), arms)
-        return unstack_arms(states, len(state)), metrics
+        return tuple(map(_place_state, unstack_arms(states, len(state)))), metrics
 
     return train_step
 
@@ -300,6 +300,18 @@ def mask_padding(updates: Tree, plan: LoraPlan) -> Tree:
         }
         for module, matrices in updates.items()
     }
+
+
+def _place_state(state: TrainState) -> TrainState:
+    """Keeps an arm's state where it was, once it is out of the loop over the arms."""
+
+    def like_lora(tree: Any) -> bool:
+        return isinstance(tree, dict) and jax.tree.structure(tree) == form
+
+    form = jax.tree.structure(state.lora)
+    return jax.tree.map(
+        lambda x: _place_like_lora(x) if like_lora(x) else x, state, is_leaf=like_lora
+    )
 
 
 def _place_like_lora(tree: Tree) -> Tree:
