@@ -8,17 +8,18 @@ for its program. What is called with other arguments is compiled then, as by jax
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgrpo.ahead.programs import describe_results
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.mesh import Purpose, fold_key, shard_rows
-from jaxgrpo.model.api import make_decode_weights
 from jaxgrpo.programs import Programs
 from jaxgrpo.session import Session
 from jaxgrpo.train_batches import gold_rollout, pack_batch
@@ -29,43 +30,64 @@ def compile_ahead(session: Session, programs: Programs, *, evaluates: bool) -> P
     """The same programs, which compile from now on; the session need not be loaded.
 
     Args:
+        session: of several arms, any one's.
+        programs: what some of them compiled ahead before, for other arms, they keep.
         evaluates: whether the run begins with an evaluation; that of a later one would only delay
             the first step.
     """
     pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile")
-    config = session.config
+    config, arms = session.config, programs.arms
     state = init_train_state(session.init_lora(), programs.optimizer)
     adapters = session.adapters(state.lora)
-    weights = pool.submit(_in_mesh, session, lambda: _decode_weights(session, adapters))
 
-    def sampler(generate: Any, evaluation: bool) -> Any:
-        source, prompts = session.train_prompts, config.grpo.prompts_per_step
-        if evaluation:
-            source, prompts = session.eval_prompts, config.eval.batch_prompts
-        tokens = np.zeros((prompts, source.slots), np.int32)
-        rows = shard_rows(session.mesh, (tokens, tokens.astype(bool)))
-        key = fold_key(config.seed, 0, Purpose.ROLLOUT)
+    def start(build: Callable[[], _Built]) -> Future:
+        return pool.submit(_in_mesh, session, build)
 
-        def build() -> _Built:
-            return _build(generate, (weights.result().out, *rows, key))
+    def decode_weights(adapters: Any) -> Future:
+        return start(lambda: _build(programs.decode_weights, (session.base, adapters)))
 
-        return _Ahead(generate, pool.submit(_in_mesh, session, build))
+    def sampler(generate: Any, evaluation: bool, weights: Future) -> Any:
+        rows = example_prompts(session, 1 if evaluation else arms, evaluation)
+        return _ahead(generate, start(lambda: _build(generate, (weights.result().out, *rows))))
 
     def train_step() -> Any:
-        arguments = (state, session.base, session.device_plan, example_batch(session))
-        build = pool.submit(_in_mesh, session, lambda: _build(programs.train_step, arguments))
-        return _Ahead(programs.train_step, build)
+        of_arms = (state, session.device_plan, example_batch(session))
+        rate: tuple = ()
+        if arms > 1:
+            of_arms, rate = tuple((x,) * arms for x in of_arms), ((jnp.float32(1.0),) * arms,)
+        states, plans, batches = of_arms
+        arguments = (states, session.base, plans, batches, *rate)
+        return _ahead(programs.train_step, start(lambda: _build(programs.train_step, arguments)))
 
-    found: dict[str, Any] = {"decode_weights": _Ahead(programs.decode_weights, weights)}
+    weights = decode_weights(adapters if arms == 1 else (adapters,) * arms)
+    # Evaluations are of one arm, however many are trained together.
+    of_one = decode_weights(adapters) if evaluates and arms > 1 else weights
+    both = dict.fromkeys((weights, of_one))
+    found: dict[str, Any] = {"decode_weights": _ahead(programs.decode_weights, *both)}
     if config.objective == "grpo":
-        found["generate"] = sampler(programs.generate, evaluation=False)
+        found["generate"] = sampler(programs.generate, False, weights)
     # Beside the log-probs of other policies a batch is placed as their programs leave them.
     if config.grpo.num_iterations == 1 and config.grpo.kl_coef == 0:
         found["train_step"] = train_step()
     if evaluates:
-        found["generate_eval"] = sampler(programs.generate_eval, evaluation=True)
+        found["generate_eval"] = sampler(programs.generate_eval, True, of_one)
     pool.shutdown(wait=False)
     return dataclasses.replace(programs, **found)
+
+
+def example_prompts(session: Session, arms: int, evaluation: bool) -> tuple:
+    """What a sampler takes beside the weights, in its shapes and places."""
+    config = session.config
+    source, prompts = session.train_prompts, config.grpo.prompts_per_step
+    if evaluation:
+        source, prompts = session.eval_prompts, config.eval.batch_prompts
+    tokens = np.zeros((arms * prompts, source.slots), np.int32)
+    rows = shard_rows(session.mesh, (tokens, tokens.astype(bool)))
+    key = fold_key(config.seed, 0, Purpose.ROLLOUT)
+    if arms == 1:
+        return (*rows, key)
+    caps = np.zeros(arms * config.grpo.rows_per_step, np.int32)
+    return (*rows, jnp.stack([key] * arms), shard_rows(session.mesh, caps))
 
 
 def example_batch(session: Session) -> TrainBatch:
@@ -101,15 +123,17 @@ class _Built:
     out: Any
 
 
-def _build(jitted: Any, arguments: tuple, statics: tuple = ()) -> _Built:
-    takes = jax.tree.map(_describe, arguments)
-    lowered = jitted.lower(*statics, *takes)
+def _build(function: Any, arguments: tuple) -> _Built:
+    takes, statics = jax.tree.map(_describe, arguments), ()
+    if isinstance(function, _Ahead):
+        if (known := function.find(takes)) is not None:
+            return known
+        function = function.function
+    if isinstance(function, functools.partial):
+        function, statics = function.func, function.args
+    lowered = function.lower(*statics, *takes)
     compiled = lowered.compile()
     return _Built(compiled, takes, describe_results(lowered, compiled))
-
-
-def _decode_weights(session: Session, adapters: Any) -> _Built:
-    return _build(make_decode_weights, (session.base, adapters), (session.model_config,))
 
 
 def _in_mesh(session: Session, build: Callable[[], _Built]) -> _Built:
@@ -124,17 +148,28 @@ def _describe(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if placed else None)
 
 
-class _Ahead:
-    """A jitted function one program of which is compiled, or is being compiled, elsewhere."""
+def _ahead(function: Any, *building: Future) -> _Ahead:
+    """With what the function has compiled ahead already."""
+    if isinstance(function, _Ahead):
+        return _Ahead(function.function, (*function.building, *building))
+    return _Ahead(function, building)
 
-    def __init__(self, jitted: Any, building: Future) -> None:
-        self._jitted, self._building = jitted, building
+
+@dataclasses.dataclass(frozen=True)
+class _Ahead:
+    """A jitted function some programs of which are compiled, or are being compiled, elsewhere."""
+
+    function: Any
+    building: tuple[Future, ...]
 
     def __call__(self, *arguments: Any) -> Any:
-        built = self._building.result()
-        if _fits(arguments, built.takes):
-            return built.program(*arguments)
-        return self._jitted(*arguments)
+        built = self.find(arguments)
+        return self.function(*arguments) if built is None else built.program(*arguments)
+
+    def find(self, arguments: tuple) -> _Built | None:
+        """The program for such arguments, once it is there."""
+        found = (building.result() for building in self.building)
+        return next((built for built in found if _fits(arguments, built.takes)), None)
 
 
 def _fits(arguments: tuple, takes: Any) -> bool:

@@ -1,6 +1,7 @@
 """Programs compiled side by side while the weights load are the ones that the run then calls."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -13,7 +14,7 @@ from jaxgrpo.config_files import load_config
 from jaxgrpo.evaluate import EvalPlace
 from jaxgrpo.evaluate_run import run_eval
 from jaxgrpo.grpo.step import init_train_state
-from jaxgrpo.iteration import run_step
+from jaxgrpo.iteration import ArmStep, run_step, run_steps
 from jaxgrpo.mesh import make_mesh, to_host
 from jaxgrpo.programs import make_programs
 from jaxgrpo.run import EMBEDDED_CONFIG
@@ -47,7 +48,9 @@ def describe(monkeypatch, mesh, *words):
 def only_lowered(programs):
     names = ("generate", "generate_eval", "train_step")
     found = {name: OnlyLowered(getattr(programs, name)) for name in names}
-    return dataclasses.replace(programs, decode_weights=None, **found)
+    weights = programs.decode_weights
+    weights = functools.partial(OnlyLowered(weights.func), *weights.args)
+    return dataclasses.replace(programs, decode_weights=weights, **found)
 
 
 @pytest.mark.parametrize("mesh", [[], SPLIT], ids=["one device", "2 x 2 x 2"])
@@ -74,6 +77,40 @@ def test_a_run_calls_what_was_compiled_before_its_weights_were_there(monkeypatch
             other, result = run_step(session, programs, other, step)
             assert result.metrics["loss"] == losses[step]
         chex.assert_trees_all_equal(to_host(state.lora), to_host(other.lora))
+
+
+@pytest.mark.parametrize("mesh", [[], SPLIT], ids=["one device", "2 x 2 x 2"])
+def test_several_arms_too(monkeypatch, tmp_path, mesh):
+    """Also with a slot that is free, and with the evaluation of one arm."""
+    session = describe(monkeypatch, mesh)
+    place = EvalPlace(tmp_path, "fresh", 0)
+    with jax.set_mesh(session.mesh):
+        programs = make_programs(session, 3)
+        ahead = compile_ahead(session, only_lowered(programs), evaluates=True)
+        session = session.load()
+        run_eval(session, ahead, session.init_lora(), place, Console(quiet=True))
+        config = session.config
+        arms = [session.with_config(dataclasses.replace(config, seed=seed)) for seed in (3, 4)]
+
+        def losses(programs):
+            states = [init_train_state(arm.init_lora(), programs.optimizer) for arm in arms]
+            for step in range(2):
+                asked = [ArmStep(*of_arm, step) for of_arm in zip(arms, states, strict=True)]
+                outcomes = run_steps(asked, programs)
+                states = [state for state, _ in outcomes]
+                yield [result.metrics["loss"] for _, result in outcomes]
+
+        found = list(losses(ahead))
+        assert np.isfinite(found).all()
+        if mesh:
+            return
+        assert list(losses(programs)) == found
+        # What is there already does not compile again.
+        with compilations() as compiled:
+            again = compile_ahead(session, ahead, evaluates=True)
+            assert list(losses(again)) == found
+            run_eval(session, again, session.init_lora(), place, Console(quiet=True))
+        assert not compiled
 
 
 def test_supervised_steps_too(monkeypatch):

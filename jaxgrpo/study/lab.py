@@ -24,7 +24,7 @@ from jaxgrpo.model.adapters import save_adapter
 from jaxgrpo.processes import check_agreement, first_process
 from jaxgrpo.programs import Programs, make_programs
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json, atomic_write_text
-from jaxgrpo.session import Session, open_model, open_session, warn_user
+from jaxgrpo.session import Session, describe_session, warn_user
 from jaxgrpo.study.config import Interrupted, StudyFiles
 from jaxgrpo.study.dynamic import cut_adapter
 from jaxgrpo.train import train_arms, train_session
@@ -51,15 +51,24 @@ class Lab:
         self._config = config
         self._console = console
         self._session: Session | None = None
+        self._loaded = False
         self._programs: dict[tuple, Programs] = {}
 
     @property
-    def session(self) -> Session:
+    def described(self) -> Session:
+        """The session, whose weights may not be there yet: programs compile while they load."""
         if self._session is None:
-            self._session = open_session(self._config, self._console)
+            self._session = describe_session(self._config)
             check_same_prompts(self._config, self._session)
             warn_user(self._config, self._session, self._console)
         return self._session
+
+    @property
+    def session(self) -> Session:
+        """The session with its weights."""
+        if not self._loaded:
+            self._session, self._loaded = self.described.load(self._console), True
+        return self.described
 
     def programs(self, session: Session, arms: int = 1) -> Programs:
         """Compiled programs for a session's configuration; plans, seeds and rules share them, and
@@ -70,19 +79,18 @@ class Lab:
             optim = dataclasses.replace(optim, learning_rate=1.0)
         key = (config.objective, config.weight_grad_norms, optim, length, arms)
         if key not in self._programs:
-            made = make_programs(session, arms)
-            if not self._programs and arms == 1:
-                made = compile_ahead(session, made, evaluates=config.eval.before_training)
-            elif self._programs:
-                first = next(iter(self._programs.values()))
+            made, known = make_programs(session, arms), list(self._programs.values())
+            if known:
                 made = dataclasses.replace(
                     made,
-                    decode_weights=first.decode_weights,
-                    generate=first.generate,
-                    generate_eval=first.generate_eval,
-                    generate_greedy=first.generate_greedy,
-                    logprobs=first.logprobs,
+                    decode_weights=known[-1].decode_weights,
+                    generate=known[-1].generate,
+                    generate_eval=known[-1].generate_eval,
+                    generate_greedy=known[-1].generate_greedy,
+                    logprobs=known[-1].logprobs,
                 )
+            if arms not in {of_others.arms for of_others in known}:
+                made = compile_ahead(session, made, evaluates=config.eval.before_training)
             self._programs[key] = made
         return self._programs[key]
 
@@ -101,11 +109,11 @@ class Lab:
             ConfigError: the directory holds another run.
         """
         self._console.rule(f"[bold]{title}", align="left")
-        session = self.session.with_config(config)
-        with jax.set_mesh(session.mesh):
+        with jax.set_mesh(self.described.mesh):
+            programs = self.programs(self.described.with_config(config))
             result = train_session(
-                session,
-                self.programs(session),
+                self.session.with_config(config),
+                programs,
                 self._console,
                 replan=replan,
                 track_sensitivity=track_sensitivity,
@@ -121,8 +129,10 @@ class Lab:
         Raises:
             ConfigError: processes of the job find it different.
         """
-        model = open_model(config)  # without its weights: arms may be trained elsewhere
-        found = fitting_arms(config, model.model_config, model.plan, dict(model.mesh.shape), most)
+        # Without weights: they may be trained elsewhere.
+        session = self.described.with_config(config)
+        sizes = dict(session.mesh.shape)
+        found = fitting_arms(config, session.model_config, session.plan, sizes, most)
         check_agreement("room for arms side by side: give study.together", str(found))
         return found
 
@@ -131,9 +141,10 @@ class Lab:
     ) -> list[TrainResult | Exception]:
         """`run` of several arms in the same programs, which have room for `slots`."""
         self._console.rule(f"[bold]{title}", align="left")
-        sessions = [self.session.with_config(config) for config in configs]
-        with jax.set_mesh(self.session.mesh):
-            return train_arms(sessions, self.programs(sessions[0], slots), self._console)
+        with jax.set_mesh(self.described.mesh):
+            programs = self.programs(self.described.with_config(configs[0]), slots)
+            sessions = [self.session.with_config(config) for config in configs]
+            return train_arms(sessions, programs, self._console)
 
     def cut(self, title: str, config: Config, source: Path, amount: Mapping[str, float]) -> None:
         """Evaluates what `compress` leaves of the adapter that a finished run ended with.
