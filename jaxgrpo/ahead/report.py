@@ -10,7 +10,7 @@ from rich.table import Table
 from jaxgrpo.ahead.chips import GIB, Chip
 from jaxgrpo.ahead.estimate import Estimate, Program
 from jaxgrpo.ahead.flops import rollout_flops, train_hardware_flops
-from jaxgrpo.ahead.memory import fitting_arms, foretell
+from jaxgrpo.ahead.memory import foretell
 from jaxgrpo.ahead.shapes import remat_of_run
 from jaxgrpo.config import Config
 from jaxgrpo.mesh import device_here, planned_sizes
@@ -84,20 +84,6 @@ def print_foretold(config: Config, model: QwenConfig, plan: RankPlan, console: C
     }
     told = ", ".join(f"{name} {flops / 1e12:.4g}" for name, flops in operations.items())
     console.print(f"TFLOP of a step, all devices together: {told}", highlight=False)
-
-
-def print_together(
-    config: Config, model: QwenConfig, plan: RankPlan, most: int, console: Console
-) -> None:
-    """How many arms like this run, at most so many, devices like those here train side by side."""
-    sizes = planned_sizes(config.mesh)
-    model = dataclasses.replace(model, device=device_here(sizes))
-    arms = fitting_arms(config, model, plan, sizes, most)
-    peak = foretell(config, model, plan, sizes, remat_of_run(config, model), arms).peak
-    console.print(
-        f"side by side: {arms} of them at a time, {peak / 2**30:,.1f} GiB at the peak by formula",
-        highlight=False,
-    )
 
 
 def _memory_table(found: Estimate) -> Table:

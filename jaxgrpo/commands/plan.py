@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jaxgrpo.config_files import dump_config
 from jaxgrpo.rank_plan import RankPlan, make_rank_plan
 from jaxgrpo.records.run_directory import atomic_write_json
 from jaxgrpo.study.config import StudyConfig
+from jaxgrpo.study.sweep import SweepConfig
 
 _EDIT = re.compile(rf"(layers|{'|'.join(MODULES)})(?:\.([0-9]{{1,4}})(?:-([0-9]{{1,4}}))?)?=(.*)")
 _SHADES = " ░▒▓█"
@@ -147,19 +149,23 @@ def draw_picture(plan: RankPlan, path: Path) -> None:
 
 def dry_run(config: Config, console: Console) -> int:
     """Settings, plan, parameters, memory and operations; nothing is loaded or written."""
-    from jaxgrpo.ahead.report import print_foretold, print_together
-    from jaxgrpo.study.config import list_arms
+    from jaxgrpo.ahead.report import print_foretold
 
-    model, plan = open_plan(config)
     console.print(dump_config(config), highlight=False, markup=False, end="")
     console.print()
-    print_plan(plan, model, console)
-    if isinstance(config, StudyConfig):
-        print_arms(config, console)
-    print_foretold(config, model, plan, console)
-    if isinstance(config, StudyConfig):
-        most = config.study.together or len(list_arms(config))
-        print_together(config.plain(), model, plan, most, console)
+    for each in config.studies() if isinstance(config, SweepConfig) else [config]:
+        if each.model.path != config.model.path:
+            console.rule(f"[bold]{each.model.path}", align="left")
+        model, plan = open_plan(each)
+        print_plan(plan, model, console)
+        if isinstance(each, StudyConfig):
+            print_arms(each, console)
+            # An arm's adapters are as wide as the largest rank of any.
+            wide = dataclasses.replace(each.lora, max_rank=each.width(each.lora.rank))
+            plan = make_rank_plan(wide, model.num_layers)
+        print_foretold(each, model, plan, console)
+        if isinstance(each, StudyConfig):
+            print_rounds(each, model, console)
     console.print("dry run: nothing was loaded or written")
     return 0
 
@@ -198,6 +204,48 @@ def print_arms(config: StudyConfig, console: Console) -> None:
         f"{len(arms) * config.steps + (len(settings.profile.objectives) + probes) * each:,} in all",
         highlight=False,
     )
+
+
+def print_rounds(config: StudyConfig, model: Any, console: Console) -> None:
+    """Which arms a study, or a worker of a sweep, would train side by side on devices like those
+    here, and what a round holds."""
+    from jaxgrpo.ahead.memory import fitting_arms, foretell
+    from jaxgrpo.ahead.report import mib
+    from jaxgrpo.ahead.shapes import remat_of_run
+    from jaxgrpo.mesh import device_here, planned_sizes
+    from jaxgrpo.study.config import arm_label, list_arms
+    from jaxgrpo.study.runs import alike_arms, arm_configs, split_rounds, stages
+
+    sizes = planned_sizes(config.mesh)
+    model = dataclasses.replace(model, device=device_here(sizes))
+    arms, configs, memory = list_arms(config), arm_configs(config), model.device.memory
+    found: Counter = Counter()
+    largest = 0
+    for alike in (alike for stage in stages(config) for alike in alike_arms(config, stage)):
+        one = configs[alike[0]]
+        plan = make_rank_plan(dataclasses.replace(one.lora, plan=None), model.num_layers)
+        fit = fitting_arms(one, model, plan, sizes, len(alike))
+        rounds = split_rounds(alike, config.study.together or fit)
+        slots = rounds[0].slots
+        peak = foretell(one, model, plan, sizes, remat_of_run(one, model), slots).peak
+        names = ", ".join(dict.fromkeys(arm_label(arms[n], config) for n in alike))
+        fits = "unknown" if memory is None else str(fit)
+        kind = (names, len(alike), fits, slots, slots * one.grpo.rows_per_step, mib(peak))
+        found[kind] += len(rounds)
+        largest = max(largest, peak)
+    table = Table(title="rounds", title_justify="left", box=None, pad_edge=False)
+    for heading in ("arms", "alike", "fit", "side by side", "rows a step", "peak, MiB", "rounds"):
+        table.add_column(heading, justify="left" if heading == "arms" else "right")
+    for kind, rounds in found.items():
+        table.add_row(*map(str, kind), str(rounds))
+    console.print(table)
+    console.print(f"{found.total()} rounds of {config.steps} steps", highlight=False)
+    if memory is not None and largest > memory:
+        console.print(
+            f"[yellow]warning:[/] a round takes {mib(largest)} MiB, and a {model.device.platform} "
+            f"has {mib(memory)} for programs: lower study.together, or leave it out",
+            highlight=False,
+        )
 
 
 PLAN = Command(

@@ -7,7 +7,6 @@ on and a finished one only rebuilds its report, without jax.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +47,7 @@ from jaxgrpo.study.runs import (
     probe_config,
     profile_config,
     split_rounds,
+    stages,
     write_plan,
 )
 from jaxgrpo.study.sections import DYNAMIC, FROM_CALIBRATION
@@ -214,10 +214,9 @@ class Runner:
     def arms(self) -> None:
         arms = list_arms(self.config)
         check_budgets(arms, arm_configs(self.config), self.planner, self._console)
-        design = self.config.study.design
-        for end in (math.inf,) if design is None else design.looks:
-            self.train([n for n, arm in enumerate(arms) if design is None or arm.seed <= end])
-            if design is not None and analyse(self.config).decided:
+        for numbers in stages(self.config):
+            self.train(numbers)
+            if self.config.study.design is not None and analyse(self.config).decided:
                 break
         check_spent(arms, self.files, self.planner, self._console)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -132,6 +133,18 @@ def share_programs(one: Config, other: Config) -> bool:
         )
 
     return shared(one) == shared(other)
+
+
+def stages(config: StudyConfig) -> list[list[int]]:
+    """`list_arms` as numbers, in the parts after each of which a design is looked at."""
+    arms, design = list_arms(config), config.study.design
+    if design is None:
+        return [list(range(len(arms)))]
+    starts = (0, *design.looks)
+    return [
+        [n for n, arm in enumerate(arms) if start < arm.seed <= end]
+        for start, end in itertools.pairwise(starts)
+    ]
 
 
 def alike_arms(config: StudyConfig, numbers: Sequence[int]) -> list[list[int]]:

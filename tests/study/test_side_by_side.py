@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -126,6 +127,33 @@ def test_the_rounds_of_a_study(tmp_path, monkeypatch, together, fit, places, siz
         if len(group.numbers) > 1:
             assert "adaptive" not in {arms[n].plan for n in group.numbers}
             assert group.slots == max(sizes)
+
+
+def test_a_dry_run_tells_the_rounds(monkeypatch, capsys):
+    study = ["study.arms.plans=[uniform,proportional,adaptive]", "study.arms.seeds=[0,1,2]"]
+
+    def told(*words):
+        assert main(["sweep", "mesh.data=1", *study, *words, "--dry-run"]) == 0
+        return " ".join(capsys.readouterr().out.split("rounds", 1)[1].split())
+
+    def rows(*shown):
+        return [
+            rf" {number} {fit} {slots} {128 * slots} [0-9.]+ {count} "
+            for number, fit, slots, count in shown
+        ]
+
+    said = told("study.together=4")
+    for row in rows((6, "unknown", 3, 2), (1, "unknown", 1, 3)):
+        assert re.search(row, said), said
+    assert "5 rounds of 40 steps" in said and "warning" not in said
+    monkeypatch.setattr("jaxgrpo.mesh._memory", lambda device, name: 150 * 2**20)
+    said = told()
+    for row in rows((6, 3, 3, 2), (1, 1, 1, 3)):
+        assert re.search(row, said), said
+    assert "warning" not in said
+    said = told("study.together=6")
+    assert re.search(rows((6, 3, 6, 1))[0], said), said
+    assert "warning: a round takes" in said and "lower study.together" in said
 
 
 def test_as_many_arms_as_memory_allows():
