@@ -139,12 +139,18 @@ class Judged:
 
 
 def judge(session: Session, prompts: PromptBatch, rollout: Rollout) -> Judged | Exception:
-    """Rewards and advantages; what a reward raised concerns this arm alone."""
+    """Rewards and advantages; what a reward raised concerns this arm alone.
+
+    Raises:
+        Exception: what it raised, in a job of several processes: the others wait for its rewards.
+    """
     config = session.config
     texts = completion_texts(session.tokenizer, rollout, config.rollout.stop_strings)
     try:
         rewards, by_function = score(session, prompts, texts, rollout)
     except Exception as error:
+        if jax.process_count() > 1:
+            raise
         return error
     weights, scale = list(config.rewards.values()), config.grpo.scale_rewards
     compared, group = compared_rewards(config.grpo, rewards, by_function, weights)

@@ -156,7 +156,8 @@ class Loop:
             return TrainResult(before, None, self.run, metrics, interrupted=True)
         except ConfigError:
             # A reward that failed in an evaluation must not cost the steps before it.
-            if done > start:
+            # Of several processes the others may not be there to save with.
+            if done > start and jax.process_count() == 1:
                 self.checkpoints.save(done, state, config, self.session.plan)
             raise
         result = TrainResult(before, after, self.run, metrics, interrupted=False)

@@ -93,7 +93,7 @@ def drive(runs: Sequence[Run], programs: Programs) -> list[TrainResult | Excepti
         except StopIteration as end:
             ended[number] = end.value
         except Exception as error:
-            # Other processes may not know of it: they would wait for this arm for ever.
+            # Other processes may not know of it, and would wait for this arm.
             if jax.process_count() > 1 and not isinstance(error, DivergedError):
                 raise
             ended[number] = error

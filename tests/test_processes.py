@@ -87,6 +87,65 @@ def test_a_killed_process_ends_the_others_and_the_job_resumes(tmp_path, victim):
     assert "resuming" in (tmp_path / "log_0.txt").read_text()
 
 
+ARMS = """
+import dataclasses, itertools, sys
+import jax
+from rich.console import Console
+from jaxgrpo.config_files import load_config
+from jaxgrpo.processes import joined
+from jaxgrpo.programs import make_programs
+from jaxgrpo.run import EMBEDDED_CONFIG
+from jaxgrpo.session import open_session
+from jaxgrpo.train import train_arms
+
+fails, *words = sys.argv[1:]
+calls = itertools.count(1)
+
+def reward(completions, answers, **context):
+    # Of the second arm in the second step, on the second process.
+    if next(calls) == 4 and fails == "fails" and jax.process_index() == 1:
+        raise ArithmeticError("of one arm")
+    return [float(len(text)) for text in completions]
+
+with joined():
+    session = open_session(load_config([EMBEDDED_CONFIG], words))
+    session = dataclasses.replace(session, rewards={"gsm8k_answer": reward})
+    config = session.config
+    arms = [
+        session.with_config(
+            dataclasses.replace(config, seed=seed, run_dir=f"{config.run_dir}/{seed}")
+        )
+        for seed in (0, 1)
+    ]
+    with jax.set_mesh(session.mesh):
+        for result in train_arms(arms, make_programs(session, 2), Console(quiet=True)):
+            if isinstance(result, Exception):
+                raise result
+"""
+
+
+@pytest.mark.slow
+def test_arms_in_a_job_of_processes_are_trained_as_in_one_process(tmp_path):
+    words = ["works", *SMALL, "mesh.data=2", "steps=3"]
+    alone = subprocess.Popen(
+        [sys.executable, "-c", ARMS, *words, f"run_dir={tmp_path / 'one'}"], env=environment(2)
+    )
+    assert alone.wait(300) == 0
+    job = start_job(2, [*words, f"run_dir={tmp_path / 'job'}"], tmp_path, ARMS)
+    assert wait(job, 300) == [0, 0], (tmp_path / "log_0.txt").read_text()
+    for arm in ("0", "1"):
+        check_same_run(tmp_path / "one" / arm, tmp_path / "job" / arm)
+
+
+@pytest.mark.slow
+def test_an_arm_that_fails_on_one_process_ends_the_job(tmp_path):
+    words = ["fails", *SMALL, "mesh.data=2", "steps=3", f"run_dir={tmp_path / 'job'}"]
+    job = start_job(2, words, tmp_path, ARMS)
+    codes = wait(job, 200)
+    assert 0 not in codes and None not in codes, codes
+    assert "of one arm" in (tmp_path / "log_0.txt").read_text()
+
+
 def test_what_the_environment_says_of_a_job():
     three = {
         "JAX_COORDINATOR_ADDRESS": "host:1234",
