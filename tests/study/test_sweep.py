@@ -150,14 +150,14 @@ def test_a_sweep_with_a_killed_worker_equals_the_sequential_one(tmp_path, togeth
 
 @pytest.mark.slow
 @pytest.mark.multihost
-def test_an_arm_over_two_workers_has_the_losses_of_one_process(tmp_path):
+def test_arms_over_two_workers_have_the_losses_of_one_process(tmp_path):
     pytest.importorskip("ray")
-    few = ["study.arms.plans=[uniform]", "study.arms.seeds=[0]", "steps=4"]
+    few = ["study.arms.plans=[uniform]", "study.arms.seeds=[0,1]", "study.together=2", "steps=4"]
     for name, words in (("two", ["sweep.engine=ray", "sweep.hosts=2"]), ("one", [])):
         words = [*few, *words, *(["sweep.engine=sequential"] if name == "one" else [])]
         process = start(tmp_path / name, *words)
         assert process.wait(600) == 0, (tmp_path / name / "out.txt").read_text()
-    arm = "study/arms/uniform-r4-s0"
-    many, one = (losses(tmp_path / name / arm) for name in ("two", "one"))
-    assert many == pytest.approx(one, rel=1e-4, abs=1e-6)
-    assert len(many) == 4
+    for arm in ("uniform-r4-s0", "uniform-r4-s1"):
+        many, one = (losses(tmp_path / name / "study" / "arms" / arm) for name in ("two", "one"))
+        assert many == pytest.approx(one, rel=1e-4, abs=1e-6)
+        assert len(many) == 4
