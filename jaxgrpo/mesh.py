@@ -10,8 +10,8 @@ from __future__ import annotations
 import enum
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from glob import glob
 from typing import Any
 
@@ -92,6 +92,14 @@ class Device:
     def single_gpu(self) -> bool:
         """One GPU: where kernels of our own run, which know no mesh."""
         return self.platform == "gpu" and self.count == 1
+
+    @property
+    def of_shard(self) -> Device:
+        """What a program runs on that is given to each device by itself, with its own part of the
+        batch (`on_each_shard`): one device, unless the model axis splits the weights."""
+        if self.count != self.batch_shards:
+            return self
+        return replace(self, count=1, batch_shards=1)
 
     @property
     def options(self) -> dict[str, bool | str] | None:
@@ -244,9 +252,37 @@ def sharding(mesh: Mesh, logical: Sequence[str | None]) -> NamedSharding:
 def check_device(device: Device) -> None:
     """Asserts that the program being traced is for the mesh that surrounds it."""
     mesh = jax.sharding.get_abstract_mesh()
-    assert mesh.empty or mesh.size == device.count, (
-        f"QwenConfig.device has {device.count} devices, the mesh {mesh.size}: see device_of"
+    size = 1 if _within_a_shard(mesh) else mesh.size
+    assert mesh.empty or size == device.count, (
+        f"QwenConfig.device has {device.count} devices, the mesh {size}: see device_of"
     )
+
+
+def on_each_shard(function: Callable, device: Device) -> Callable:
+    """`function`, of arrays that are whole on every device and then of arrays and results that are
+    split along the batch, as a program that each device runs on its own part, with no word to the
+    others. Where the model axis splits the weights, and on one device, the function itself.
+
+    Within it the device is `device.of_shard`.
+    """
+    if device.of_shard.count == device.count:
+        return function
+
+    def sharded(whole: Any, *rows: Any) -> Any:
+        split = partition_spec(("act_batch",))
+        run = jax.shard_map(
+            function,
+            in_specs=(PartitionSpec(), *(split for _ in rows)),
+            out_specs=split,
+            check_vma=False,
+        )
+        return run(whole, *rows)
+
+    return sharded
+
+
+def _within_a_shard(mesh: Any) -> bool:
+    return AxisType.Manual in mesh.axis_types
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -259,20 +295,24 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     spec = partition_spec(logical)
     if len(logical) != x.ndim:
         raise ValueError(f"{len(logical)} axis names {logical} for an array of shape {x.shape}")
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or _within_a_shard(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def to_rollout_layout(x: jax.Array, logical: Sequence[str]) -> jax.Array:
-    """Moves a weight from training's layout to the sampler's, inside a jitted function."""
+def to_rollout_layout(x: jax.Array, logical: Sequence[str] | None) -> jax.Array:
+    """Moves a weight from training's layout to the sampler's, inside a jitted function.
+
+    Args:
+        logical: None: whole on every device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     # Where both layouts are one, the weight itself is handed on, and not a copy.
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return x
-    return jax.lax.with_sharding_constraint(
-        x, PartitionSpec(*(ROLLOUT_RULES[name] for name in logical))
-    )
+    axes = () if logical is None else (ROLLOUT_RULES[name] for name in logical)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def rollout_bytes(mesh: Mesh, shape: Sequence[int], itemsize: int, logical: Sequence[str]) -> int:

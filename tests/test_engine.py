@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import chex
 import jax
@@ -28,6 +29,7 @@ from jaxgrpo.model.api import (
     init_lora,
     make_decode_weights,
 )
+from jaxgrpo.model.attention import causal_attention, split_like_queries
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.rollout import engine
 from jaxgrpo.rollout.engine import make_generate
@@ -216,18 +218,41 @@ def test_two_steps_never_draw_the_same_noise():
     chex.assert_trees_all_equal(out, again)
 
 
-def test_eight_devices_sample_what_one_does():
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 2, 1)], ids=str)
+def test_eight_devices_sample_what_one_does_each_its_own_rows(monkeypatch, sizes):
+    # As on a GPU: a device goes on with a smaller batch as soon as its own rows have ended.
+    monkeypatch.setattr(engine, "batch_sizes", lambda rows, device: (rows, max(1, rows // 2)))
     tokens, mask = _prompts()
     tokens, mask = np.concatenate([tokens, tokens + 1]), np.concatenate([mask, mask])
-    rollout = RolloutConfig(max_completion_tokens=6, temperature=0.9)
-    generate = make_generate(CONFIG, rollout, StopRules((5,)), GROUP)
+    rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
+    stop, key = StopRules((3, 5, 8, 13, 21, 34)), jax.random.key(0)
     weights = make_decode_weights(CONFIG, _base(), _adapters())
-    one = to_host(generate(weights, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0)))
-    mesh = make_mesh(MeshConfig(4, 2, 1))
+    generate = make_generate(CONFIG, rollout, stop, GROUP)
+    one = to_host(generate(weights, jnp.asarray(tokens), jnp.asarray(mask), key))
+    mesh = make_mesh(MeshConfig(*sizes))
+    config = dataclasses.replace(CONFIG, device=device_of(mesh))
+    generate = make_generate(config, rollout, stop, GROUP)
     with jax.set_mesh(mesh):
-        many = generate(weights, *shard_rows(mesh, (tokens, mask)), jax.random.key(0))
-        many = to_host(many)
-    chex.assert_trees_all_close(one, many, atol=1e-4, rtol=0)
+        weights = make_decode_weights(config, *replicate(mesh, (_base(), _adapters())))
+        assert "qkv" in weights["layers"][0]  # as on one device
+        lowered = generate.lower(weights, *shard_rows(mesh, (tokens, mask)), key)
+        many = to_host(generate(weights, *shard_rows(mesh, (tokens, mask)), key))
+    # Where the whole batch is not asked whether it has ended, no device waits for another.
+    assert not re.search("all-gather|all-reduce|collective-permute", lowered.compile().as_text())
+    chex.assert_trees_all_close(one, many, atol=1e-5, rtol=0)
+    assert len(np.unique(one.lengths)) > 2
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_key_heads_are_split_as_the_query_heads_are(parts):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 5, heads, 8)), jnp.float32) for heads in (8, 2, 2))
+    mask = jnp.ones((2, 5), bool)
+    of_kernel = [split_like_queries(x, parts) for x in (k, v)]
+    assert of_kernel[0].shape[2] % parts == 0
+    one = causal_attention(q, k, v, mask, None, CONFIG.device)
+    repeated = causal_attention(q, *of_kernel, mask, None, CONFIG.device)
+    chex.assert_trees_all_close(one, repeated, atol=1e-6, rtol=0)
 
 
 ARMS = (
@@ -281,7 +306,7 @@ def test_arms_on_a_mesh_are_those_of_one_device():
     tokens, mask = (np.tile(x, (len(ARMS), 1)) for x in _prompts())
     rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
     found = []
-    for sizes in (MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)):
+    for sizes in (MeshConfig(1, 1, 1), MeshConfig(2, 2, 2), MeshConfig(2, 1, 1)):
         mesh = make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.model])
         config = dataclasses.replace(CONFIG, device=device_of(mesh))
         generate = make_generate(config, rollout, NEVER, GROUP)
@@ -289,5 +314,6 @@ def test_arms_on_a_mesh_are_those_of_one_device():
             weights = make_decode_weights(config, *replicate(mesh, (_base(), tuple(_arms()))))
             rows = shard_rows(mesh, (tokens, mask))
             found.append(to_host(generate(weights, *rows, keys)))
-    chex.assert_trees_all_equal(found[0].tokens, found[1].tokens)
-    chex.assert_trees_all_close(found[0].logprobs, found[1].logprobs, atol=1e-5)
+    for many in found[1:]:
+        chex.assert_trees_all_equal(found[0].tokens, many.tokens)
+        chex.assert_trees_all_close(found[0].logprobs, many.logprobs, atol=1e-5)

@@ -104,7 +104,7 @@ def carried_parameters(model: QwenConfig, plan: RankPlan) -> int:
     one input are one matrix, zeros off its diagonal included."""
     shapes = model.module_shapes
     groups = [(module,) for module in shapes]
-    if model.device.count == 1:
+    if model.device.of_shard.count == 1:
         joined = [module for group in TOGETHER.values() for module in group]
         groups = [*TOGETHER.values(), *((module,) for module in shapes if module not in joined)]
     total = 0

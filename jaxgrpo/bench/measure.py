@@ -6,6 +6,7 @@ training runs. Each figure is the median of `bench.repeats` runs after one that 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import statistics
 import time
@@ -37,6 +38,7 @@ from jaxgrpo.mesh import (
     device_of,
     keep_compiled_programs,
     make_mesh,
+    on_each_shard,
     peak_memory,
     replicate,
     shard_rows,
@@ -253,11 +255,13 @@ class Bench:
     def _parts_of_sampling(self) -> dict[str, float]:
         """Laying out the weights (`layout_s`) and prefill by themselves; the rest is decoding."""
         weights = self._decode_weights(self.lora)
-        run = jax.jit(prefill, static_argnums=0, compiler_options=self.model.device.options)
+        model = self.model.of_shard
+        of_shard = on_each_shard(functools.partial(prefill, model), self.model.device)
+        run = jax.jit(of_shard, compiler_options=model.device.options)
         tokens, mask = shard_rows(self.mesh, (self.prompts.tokens, self.prompts.mask))
         return {
             "layout_s": self._time(lambda: self._decode_weights(self.lora))[1],
-            "prefill_s": self._time(lambda: run(self.model, weights, tokens, mask))[1],
+            "prefill_s": self._time(lambda: run(weights, tokens, mask))[1],
         }
 
     def _parts_of_training(self, batch: TrainBatch) -> dict[str, float]:

@@ -220,7 +220,7 @@ def make_decode_weights(
         (plan,) = stack_arms((tuple(plan_collection(arm.plan) for arm in arms),))
     layers = tuple(
         sampler_layer(
-            config,
+            config.of_shard,
             jax.tree.map(lambda x, i=i: x[i], base["layers"]),
             *jax.tree.map(lambda x, i=i: x[:, i], (lora, plan)),
         )
@@ -229,6 +229,8 @@ def make_decode_weights(
     weights = {**base, "layers": layers}
     if config.device.count == 1:
         return weights
+    if config.of_shard.device.count == 1:
+        return jax.tree.map(lambda x: to_rollout_layout(x, None), weights)
     axes = _decode_axes(config, tuple(lora), arms=len(arms) > 1)
     # The axes stand in for leaves on the left, which is why they come first.
     return jax.tree.map(lambda names, x: to_rollout_layout(x, names), axes, weights, is_leaf=_axes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgrpo.mesh import Device
+from jaxgrpo.mesh import Device, constrain
 from jaxgrpo.model.presets import QwenConfig
 
 Rope = tuple[jax.Array, jax.Array]
@@ -68,10 +69,11 @@ def causal_attention(
     """
     # cuDNN's kernel has no float32 form and wants no explicit mask; plain XLA takes everything.
     if mask is None and q.dtype == jnp.bfloat16 and device.platform == "gpu":
+        parts = device.count // device.batch_shards
         return jax.nn.dot_product_attention(
             q,
-            k,
-            v,
+            split_like_queries(k, parts),
+            split_like_queries(v, parts),
             is_causal=True,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
@@ -92,3 +94,13 @@ def causal_attention(
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(v.dtype)
     attended = jnp.matmul(weights, v).reshape(rows, groups, heads // groups, length, head_dim)
     return attended.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
+
+
+def split_like_queries(x: Float[Array, "B T K H"], parts: int) -> Float[Array, "B T M H"]:
+    """Keys or values as cuDNN's kernel wants them where the model axis splits the queries' heads
+    into so many parts: split in the same way. A head that several parts need is there as often."""
+    if parts == 1:
+        return x
+    heads = x.shape[2]
+    x = jnp.repeat(x, math.lcm(heads, parts) // heads, axis=2)
+    return constrain(x, "act_batch", "act_length", "act_heads", "head_dim")

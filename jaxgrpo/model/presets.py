@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
@@ -43,6 +43,11 @@ class QwenConfig:
     @property
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+    @property
+    def of_shard(self) -> QwenConfig:
+        """For a program that each device runs on its own part of the batch."""
+        return replace(self, device=self.device.of_shard)
 
     @property
     def module_shapes(self) -> dict[str, tuple[int, int]]:

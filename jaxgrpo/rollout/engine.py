@@ -1,9 +1,10 @@
 """Sampling: one prefill per prompt, one compiled loop for all completions.
 
 Prompts are run once and their caches shared by the group. The loop stops when every row has ended
-or the cap is reached. On one GPU it goes on with a smaller batch whenever half of its rows have
+or the cap is reached. On a GPU it goes on with a smaller batch whenever half of its rows have
 ended, so that a few long completions do not run at the price of all. Weights are an argument in
-the decode form (`model.api.make_decode_weights`).
+the decode form (`model.api.make_decode_weights`). On a mesh each device samples its own rows until
+they have ended, unless the model axis splits the weights (`mesh.on_each_shard`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import RolloutConfig
-from jaxgrpo.mesh import Device, constrain
+from jaxgrpo.mesh import Device, constrain, on_each_shard
 from jaxgrpo.model.api import (
     PromptCache,
     QwenConfig,
@@ -92,8 +93,8 @@ def _found(loop: _Loop) -> _Found:
 
 def batch_sizes(rows: int, device: Device) -> tuple[int, ...]:
     """The batches in which `rows` rows are sampled, each for when no more rows are left: halves on
-    one GPU. On a mesh another batch would move caches between devices; on a CPU it costs more to
-    compile than it saves."""
+    a GPU. Where the model axis splits the weights another batch would move caches between devices;
+    on a CPU it costs more to compile than it saves."""
     sizes = [rows]
     if device.single_gpu:
         while len(sizes) < MAX_BATCH_SIZES and sizes[-1] % 2 == 0 and sizes[-1] >= 2 * MIN_BATCH:
@@ -107,20 +108,18 @@ class _Sampler:
 
     model: QwenConfig
     rollout: RolloutConfig
+    group_size: int
     stop_ids: Int[Array, " ids"]
     transitions: Int[Array, "states V"] | None
 
-    def rows(
-        self, count: int, group_size: int, key: jax.Array, caps: Int[Array, " B"] | None
-    ) -> _Rows:
-        """So many rows, an equal part of them for the key of every arm, and all the draws they
-        need."""
+    def rows(self, keys: Array, caps: Int[Array, " B"] | None) -> _Rows:
+        """A row for every key, and all the draws they need."""
+        count = len(keys)
         number = jnp.arange(count)
-        keys = jax.vmap(lambda arm: row_keys(arm, count // len(key)))(key).reshape(count)
         width = self.rollout.max_completion_tokens
         return _Rows(
             number=number,
-            prompt_of=number // group_size,
+            prompt_of=number // self.group_size,
             keys=keys,
             draws=row_draws(keys, jnp.arange(width), draws_needed(self.rollout.top_p)),
             caps=jnp.full(count, width, jnp.int32) if caps is None else caps,
@@ -196,6 +195,36 @@ class _Sampler:
 
         return jax.lax.while_loop(unfinished, body, loop)
 
+    def sample(
+        self,
+        weights: Tree,
+        prompt_tokens: Int[Array, "P S"],
+        prompt_mask: Bool[Array, "P S"],
+        keys: Array,
+        caps: Int[Array, " B"] | None,
+        arm: Int[Array, " P"] | None,
+    ) -> Rollout:
+        """Completes prompts with a row for each of B keys; `arm` says whose prompt each is."""
+        sizes = batch_sizes(len(keys), self.model.device)
+        rows = self.rows(keys, caps)
+        slots = cache_slots(self.model, prompt_tokens.shape[1])
+        unused = slots - prompt_tokens.shape[1]
+        prompt_tokens = jnp.pad(prompt_tokens, ((0, 0), (unused, 0)))
+        prompt_mask = jnp.pad(prompt_mask, ((0, 0), (unused, 0)))
+        hidden, prompts = prefill(self.model, weights, prompt_tokens, prompt_mask, arm)
+        hidden = constrain(jnp.repeat(hidden, self.group_size, axis=0), "act_batch", "act_embed")
+        loop = self.draw(weights, rows, hidden, self.empty(sizes[0]))
+        enough = (*sizes[1:], 0)
+        loop = self.run(weights, prompts, rows, loop, enough[0])
+        found = _found(loop)
+        for size, left in zip(sizes[1:], enough[1:], strict=True):
+            rows, loop = _shrink(rows, loop, size)
+            loop = self.run(weights, prompts, rows, loop, left, rows.prompt_of)
+            found = jax.tree.map(lambda x, y, to=rows.number: x.at[to].set(y), found, _found(loop))
+        width = self.rollout.max_completion_tokens
+        mask = jnp.arange(width)[None, :] < found.lengths[:, None]
+        return Rollout(mask=mask, **found._asdict())
+
 
 def make_generate(
     model_config: QwenConfig, rollout: RolloutConfig, stop: StopRules, group_size: int
@@ -211,12 +240,13 @@ def make_generate(
 
     `caps` end rows earlier than the cap of all.
     """
-    width = rollout.max_completion_tokens
     stop_ids = jnp.asarray(stop.token_ids, jnp.int32)
     transitions = None if stop.transitions is None else jnp.asarray(stop.transitions)
-    sampler = _Sampler(model_config, rollout, stop_ids, transitions)
+    of_shard = model_config.of_shard
+    sampler = _Sampler(of_shard, rollout, group_size, stop_ids, transitions)
+    sample = on_each_shard(sampler.sample, model_config.device)
 
-    @functools.partial(jax.jit, compiler_options=model_config.device.decode_options)
+    @functools.partial(jax.jit, compiler_options=of_shard.device.decode_options)
     def generate(
         weights: Tree,
         prompt_tokens: Int[Array, "P S"],
@@ -224,27 +254,13 @@ def make_generate(
         key: jax.Array,
         caps: Int[Array, " B"] | None = None,
     ) -> Rollout:
-        sizes = batch_sizes(prompt_tokens.shape[0] * group_size, model_config.device)
-        keys = jnp.atleast_1d(key)
-        rows = sampler.rows(sizes[0], group_size, keys, caps)
-        slots = cache_slots(model_config, prompt_tokens.shape[1])
-        unused = slots - prompt_tokens.shape[1]
-        prompt_tokens = jnp.pad(prompt_tokens, ((0, 0), (unused, 0)))
-        prompt_mask = jnp.pad(prompt_mask, ((0, 0), (unused, 0)))
-        arms, prompts_of_arm = len(keys), len(prompt_tokens) // len(keys)
-        arm = jnp.repeat(jnp.arange(arms), prompts_of_arm) if arms > 1 else None
-        hidden, prompts = prefill(model_config, weights, prompt_tokens, prompt_mask, arm)
-        hidden = constrain(jnp.repeat(hidden, group_size, axis=0), "act_batch", "act_embed")
-        loop = sampler.draw(weights, rows, hidden, sampler.empty(sizes[0]))
-        enough = (*sizes[1:], 0)
-        loop = sampler.run(weights, prompts, rows, loop, enough[0])
-        found = _found(loop)
-        for size, left in zip(sizes[1:], enough[1:], strict=True):
-            rows, loop = _shrink(rows, loop, size)
-            loop = sampler.run(weights, prompts, rows, loop, left, rows.prompt_of)
-            found = jax.tree.map(lambda x, y, to=rows.number: x.at[to].set(y), found, _found(loop))
-        mask = jnp.arange(width)[None, :] < found.lengths[:, None]
-        return Rollout(mask=mask, **found._asdict())
+        arms, prompts = jnp.atleast_1d(key), len(prompt_tokens)
+        rows = prompts // len(arms) * group_size
+        keys = jax.vmap(lambda arm: row_keys(arm, rows))(arms).reshape(-1)
+        arm = None
+        if len(arms) > 1:
+            arm = jnp.repeat(jnp.arange(len(arms)), prompts // len(arms))
+        return sample(weights, prompt_tokens, prompt_mask, keys, caps, arm)
 
     return generate
 
