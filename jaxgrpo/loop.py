@@ -21,12 +21,13 @@ from jaxgrpo.checkpoint import Checkpoints, numbered
 from jaxgrpo.compiles import Compiled, compiled
 from jaxgrpo.config import ConfigError
 from jaxgrpo.config_files import dump_config, encode_config, flat_settings
+from jaxgrpo.devices import peak_memory
 from jaxgrpo.divergence import DivergenceGuard
 from jaxgrpo.evaluate import EvalPlace, EvalResult, StoppedError, evaluation_inputs, read_eval
 from jaxgrpo.evaluate_run import run_eval, start_policy
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.iteration import ArmStep
-from jaxgrpo.mesh import peak_memory, to_host
+from jaxgrpo.mesh import to_host
 from jaxgrpo.model.adapters import save_adapter
 from jaxgrpo.processes import any_process, check_agreement, check_shared, first_process
 from jaxgrpo.programs import Programs

@@ -13,12 +13,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxgrpo.config import Config, ConfigError, LoraConfig
+from jaxgrpo.devices import check_gpu_is_used, default_platform, device_of
 from jaxgrpo.mesh import (
     Purpose,
     batch_shards,
-    check_gpu_is_used,
-    default_platform,
-    device_of,
     fold_key,
     keep_compiled_programs,
     make_mesh,

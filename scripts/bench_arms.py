@@ -81,7 +81,7 @@ def run(config: Config, arms: int) -> dict[str, float | None]:
 
     from jaxgrpo.ahead.memory import foretell
     from jaxgrpo.ahead.shapes import remat_of_run
-    from jaxgrpo.mesh import peak_memory
+    from jaxgrpo.devices import peak_memory
     from jaxgrpo.programs import make_programs
     from jaxgrpo.session import open_session
     from jaxgrpo.train import train_arms, train_session

@@ -150,7 +150,7 @@ def torch_model(config: BenchConfig, device: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from jaxgrpo.bench.measure import bench_model
-    from jaxgrpo.mesh import ONE_CPU
+    from jaxgrpo.devices import ONE_CPU
     from jaxgrpo.model.hf_config import config_fields
 
     shapes = AutoConfig.for_model(

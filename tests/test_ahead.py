@@ -21,7 +21,8 @@ from jaxgrpo.ahead.report import uncounted_lines
 from jaxgrpo.ahead.suggest import candidates, describe
 from jaxgrpo.config import ConfigError, MeshConfig
 from jaxgrpo.config_files import load_config
-from jaxgrpo.mesh import Device, device_of, make_mesh, sharding
+from jaxgrpo.devices import Device, device_of
+from jaxgrpo.mesh import make_mesh, sharding
 from jaxgrpo.model.api import QwenConfig, base_logical_axes, bin_logprobs, init_base
 from jaxgrpo.model.bins import take_bin
 from jaxgrpo.model.hf_config import config_fields

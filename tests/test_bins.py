@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config import GrpoConfig, MeshConfig, OptimConfig
+from jaxgrpo.devices import ONE_CPU, Device, device_of
 from jaxgrpo.grpo.logprobs import make_logprobs
 from jaxgrpo.grpo.loss import token_losses, token_weights
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import StepSettings, init_train_state, make_gradients, make_train_step
-from jaxgrpo.mesh import ONE_CPU, Device, device_of, make_mesh, replicate, to_host
+from jaxgrpo.mesh import make_mesh, replicate, to_host
 from jaxgrpo.model import qwen
 from jaxgrpo.model.api import QwenConfig, device_plan, init_base, init_lora
 from jaxgrpo.model.attention import causal_attention

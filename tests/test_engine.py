@@ -11,17 +11,8 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config import MODULES, RolloutConfig
-from jaxgrpo.mesh import (
-    Device,
-    MeshConfig,
-    Purpose,
-    device_of,
-    fold_key,
-    make_mesh,
-    replicate,
-    shard_rows,
-    to_host,
-)
+from jaxgrpo.devices import Device, device_of
+from jaxgrpo.mesh import MeshConfig, Purpose, fold_key, make_mesh, replicate, shard_rows, to_host
 from jaxgrpo.model.api import (
     QwenConfig,
     device_plan,

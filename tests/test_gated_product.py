@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config import MODULES
-from jaxgrpo.mesh import Device
+from jaxgrpo.devices import Device
 from jaxgrpo.model import gated_product
 from jaxgrpo.model.api import init_base, init_lora
 from jaxgrpo.model.presets import QwenConfig

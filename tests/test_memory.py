@@ -7,7 +7,7 @@ import pytest
 from jaxgrpo.ahead.memory import foretell
 from jaxgrpo.ahead.shapes import remat_of_run
 from jaxgrpo.config_files import load_config
-from jaxgrpo.mesh import Device
+from jaxgrpo.devices import Device
 from jaxgrpo.model.presets import PRESETS
 from jaxgrpo.model.remat import kept_bytes_per_token
 from jaxgrpo.rank_plan import make_rank_plan

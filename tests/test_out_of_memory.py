@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxgrpo import mesh
+from jaxgrpo import devices
 from jaxgrpo.config import ConfigError
 from jaxgrpo.out_of_memory import gpu_holders, out_of_memory_line
 from jaxgrpo.run import EXIT_ERROR, guarded
@@ -71,17 +71,17 @@ def test_other_failures_stay_what_they_are():
 
 
 def test_a_gpu_that_jax_did_not_get_is_an_error_and_not_a_slow_run(monkeypatch):
-    monkeypatch.setattr(mesh, "glob", lambda pattern: ["/dev/nvidia0"])
-    monkeypatch.setattr(mesh, "CUDA_PLUGINS", ("jax",))
+    monkeypatch.setattr(devices, "glob", lambda pattern: ["/dev/nvidia0"])
+    monkeypatch.setattr(devices, "CUDA_PLUGINS", ("jax",))
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
     try:
         jax.config.update("jax_platforms", None)
         with pytest.raises(ConfigError, match="JAX_PLATFORMS=cpu to run on the processor"):
-            mesh.check_gpu_is_used()
-        monkeypatch.setattr(mesh, "CUDA_PLUGINS", ("no_such_module",))
-        mesh.check_gpu_is_used()
-        monkeypatch.setattr(mesh, "CUDA_PLUGINS", ("jax",))
+            devices.check_gpu_is_used()
+        monkeypatch.setattr(devices, "CUDA_PLUGINS", ("no_such_module",))
+        devices.check_gpu_is_used()
+        monkeypatch.setattr(devices, "CUDA_PLUGINS", ("jax",))
         jax.config.update("jax_platforms", "cpu")
-        mesh.check_gpu_is_used()
+        devices.check_gpu_is_used()
     finally:
         jax.config.update("jax_platforms", platforms)

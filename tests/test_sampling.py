@@ -9,7 +9,7 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from jaxgrpo.config import RolloutConfig
-from jaxgrpo.mesh import ONE_CPU
+from jaxgrpo.devices import ONE_CPU
 from jaxgrpo.model.block_statistics import (
     block_statistics,
     block_sums,

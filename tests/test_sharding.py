@@ -10,13 +10,13 @@ import pytest
 
 from jaxgrpo.checkpoint import Checkpoints
 from jaxgrpo.config import Config, ConfigError, GrpoConfig, MeshConfig, OptimConfig, RolloutConfig
+from jaxgrpo.devices import device_of
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step, packing_metrics
 from jaxgrpo.mesh import (
     Purpose,
     batch_shards,
     constrain,
-    device_of,
     fold_key,
     make_mesh,
     partition_spec,

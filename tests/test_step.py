@@ -16,10 +16,11 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxgrpo.config import ConfigError, GrpoConfig, MeshConfig, OptimConfig
+from jaxgrpo.devices import ONE_CPU, Device, device_of
 from jaxgrpo.grpo.logprobs import make_logprobs
 from jaxgrpo.grpo.optimizer import learning_rate_at, make_optimizer
 from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step, packing_metrics
-from jaxgrpo.mesh import ONE_CPU, Device, batch_shards, device_of, make_mesh, replicate, sharding
+from jaxgrpo.mesh import batch_shards, make_mesh, replicate, sharding
 from jaxgrpo.model.api import (
     QwenConfig,
     base_logical_axes,

@@ -16,7 +16,7 @@ from jaxgrpo.ahead.memory import BATCH, FROZEN, SAMPLER, STATE, WORKING, Memory,
 from jaxgrpo.ahead.programs import PROGRAMS, Lowered, bytes_per_device
 from jaxgrpo.ahead.shapes import remat_of_run
 from jaxgrpo.config import Config, ConfigError
-from jaxgrpo.mesh import device_of
+from jaxgrpo.devices import device_of
 from jaxgrpo.model.api import QwenConfig, resharded_bytes
 from jaxgrpo.rank_plan import RankPlan
 

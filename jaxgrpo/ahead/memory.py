@@ -18,7 +18,8 @@ import jax
 from jaxgrpo.ahead.flops import carried_parameters
 from jaxgrpo.ahead.shapes import full_bins, remat_of_run, row_slots
 from jaxgrpo.config import Config
-from jaxgrpo.mesh import AXIS_RULES, ONE_CPU, ROLLOUT_RULES
+from jaxgrpo.devices import ONE_CPU
+from jaxgrpo.mesh import AXIS_RULES, ROLLOUT_RULES
 from jaxgrpo.model.api import base_logical_axes, init_base, lora_logical_axes
 from jaxgrpo.model.pack_rows import BinShape
 from jaxgrpo.model.presets import QwenConfig

@@ -13,7 +13,8 @@ from jaxgrpo.ahead.flops import rollout_flops, train_hardware_flops
 from jaxgrpo.ahead.memory import foretell
 from jaxgrpo.ahead.shapes import remat_of_run
 from jaxgrpo.config import Config
-from jaxgrpo.mesh import device_here, planned_sizes
+from jaxgrpo.devices import device_here
+from jaxgrpo.mesh import planned_sizes
 from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.rank_plan import RankPlan
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxgrpo.config import Config
-from jaxgrpo.mesh import Device
+from jaxgrpo.devices import Device
 from jaxgrpo.model.pack_rows import BinShape, bin_shape
 from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.remat import resolve_remat

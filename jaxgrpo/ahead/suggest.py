@@ -13,7 +13,7 @@ from jaxgrpo.ahead.memory import foretell
 from jaxgrpo.ahead.programs import replace_mesh
 from jaxgrpo.ahead.shapes import remat_of_run
 from jaxgrpo.config import Config, ConfigError
-from jaxgrpo.mesh import Device
+from jaxgrpo.devices import Device
 from jaxgrpo.model.api import QwenConfig
 from jaxgrpo.rank_plan import RankPlan
 

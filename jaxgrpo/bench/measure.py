@@ -24,6 +24,7 @@ from jaxgrpo.ahead.flops import decode_seconds, train_model_flops
 from jaxgrpo.bench.kernels import profile_kernels
 from jaxgrpo.bench.settings import SIGMA, BenchConfig
 from jaxgrpo.config import EMBEDDED, check_choice
+from jaxgrpo.devices import Device, device_of, peak_memory
 from jaxgrpo.grpo.logprobs import make_logprobs
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import (
@@ -34,12 +35,9 @@ from jaxgrpo.grpo.step import (
     make_train_step,
 )
 from jaxgrpo.mesh import (
-    Device,
-    device_of,
     keep_compiled_programs,
     make_mesh,
     on_each_shard,
-    peak_memory,
     replicate,
     shard_rows,
     sharding,

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgrpo.mesh import Device, constrain
+from jaxgrpo.devices import Device
+from jaxgrpo.mesh import constrain
 from jaxgrpo.model.presets import QwenConfig
 
 Rope = tuple[jax.Array, jax.Array]

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from jaxgrpo.mesh import Device
+from jaxgrpo.devices import Device
 
 BLOCK = 128
 """Vocabulary entries per block of the two-level search; it divides the published vocabularies."""

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgrpo.mesh import Device, constrain
+from jaxgrpo.devices import Device
+from jaxgrpo.mesh import constrain
 from jaxgrpo.model.block_statistics import row_statistics
 
 

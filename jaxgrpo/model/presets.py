@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from jaxgrpo.mesh import ONE_CPU, Device
+from jaxgrpo.devices import ONE_CPU, Device
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxgrpo.config import EMBEDDED, MODULES, ConfigError
-from jaxgrpo.mesh import device_of, sharding
+from jaxgrpo.devices import device_of
+from jaxgrpo.mesh import sharding
 from jaxgrpo.model.api import base_logical_axes
 from jaxgrpo.model.hf_config import check_generation_config, eos_token_ids, qwen_config
 from jaxgrpo.model.presets import QwenConfig

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import RolloutConfig
-from jaxgrpo.mesh import Device, constrain, on_each_shard
+from jaxgrpo.devices import Device
+from jaxgrpo.mesh import constrain, on_each_shard
 from jaxgrpo.model.api import (
     PromptCache,
     QwenConfig,

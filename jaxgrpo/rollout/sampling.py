@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgrpo.config import RolloutConfig
-from jaxgrpo.mesh import ONE_CPU, Device
+from jaxgrpo.devices import ONE_CPU, Device
 from jaxgrpo.model.block_statistics import BLOCK, block_statistics, block_sums
 
 CANDIDATES = 4

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config import GrpoConfig, MeshConfig, RolloutConfig
+from jaxgrpo.devices import device_of
 from jaxgrpo.grpo.loss import token_losses, token_weights
 from jaxgrpo.grpo.step import StepSettings, make_gradients
-from jaxgrpo.mesh import device_of, make_mesh
+from jaxgrpo.mesh import make_mesh
 from jaxgrpo.model import kv_cache
 from jaxgrpo.model.api import (
     QwenConfig,

@@ -13,7 +13,7 @@ from jaxgrpo.ahead.memory import fitting_arms, foretell
 from jaxgrpo.ahead.shapes import remat_of_run
 from jaxgrpo.config import Config, GrpoConfig, RolloutConfig
 from jaxgrpo.config_files import load_config
-from jaxgrpo.mesh import Device
+from jaxgrpo.devices import Device
 from jaxgrpo.model.presets import PRESETS
 from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.records.run_directory import read_jsonl
