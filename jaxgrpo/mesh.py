@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgrpo.config import ConfigError, MeshConfig
+from jaxgrpo.devices import Device, default_platform
 
 MESH_AXES: tuple[str, ...] = ("data", "fsdp", "model")
 
