@@ -212,7 +212,8 @@ def print_rounds(config: StudyConfig, model: Any, console: Console) -> None:
     from jaxgrpo.ahead.memory import fitting_arms, foretell
     from jaxgrpo.ahead.report import mib
     from jaxgrpo.ahead.shapes import remat_of_run
-    from jaxgrpo.mesh import device_here, planned_sizes
+    from jaxgrpo.devices import device_here
+    from jaxgrpo.mesh import planned_sizes
     from jaxgrpo.study.config import arm_label, list_arms
     from jaxgrpo.study.runs import alike_arms, arm_configs, split_rounds, stages
 
