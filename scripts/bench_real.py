@@ -68,7 +68,9 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=32, help="rows that TRL trains at a time")
     parser.add_argument("--passes", type=float, default=0.7, help="the reward that is waited for")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "gsm8k_1.5b.yaml")
-    parser.add_argument("--out", type=Path, help="also write the figures to this file, as JSON")
+    parser.add_argument(
+        "--out", type=Path, help="also write the figures, and each step's, to this file as JSON"
+    )
     parser.add_argument("--run-peer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
@@ -157,8 +159,10 @@ def figures(
         found["programs"], found["programs_after_first"] = sum(counts), sum(counts[1:])
         found["compile_s"] = sum(step["time/compile_s"] for step in steps)
     drift = [step.get("sampling/sampling_logp_difference/mean") for step in steps]
+    found["series"] = {"end_s": ends, "reward": rewards}
     if drift[0]:
         found["largest_drift"] = max(value for value in drift if value is not None) / drift[0]
+        found["series"]["drift"] = drift
     return found
 
 

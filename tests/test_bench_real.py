@@ -44,6 +44,8 @@ def test_figures_are_those_of_the_lines():
     # Steps 5 to 14 are the first ten whose mean, 0.05 x 9.5, is above; their last is the 14th + 1.
     assert found["passes_step"] == 14 and found["passes_s"] == 50 + 2 * 13 + 1
     assert found["last_reward"] == pytest.approx(0.05 * 14.5)
+    assert found["series"]["reward"] == [step["reward"] for step in steps]
+    assert found["series"]["end_s"][:2] == [50, 52] and len(found["series"]["drift"]) == 20
     never = bench_real.figures(steps[: bench_real.WINDOW - 1], rows=8, started=100.0, passes=0.0)
     assert never["passes_s"] is None
     assert "mean_step_s" not in bench_real.figures(steps[:1], rows=8, started=100.0, passes=0.0)
