@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import RolloutConfig
@@ -105,13 +106,14 @@ def batch_sizes(rows: int, device: Device) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Sampler:
-    """What sampling is compiled for; of the stop rules, what is looked up by token."""
+    """What sampling is compiled for; of the stop rules, what is looked up by token, on the host: an
+    array on a mesh's devices cannot be a constant of what each of them runs by itself."""
 
     model: QwenConfig
     rollout: RolloutConfig
     group_size: int
-    stop_ids: Int[Array, " ids"]
-    transitions: Int[Array, "states V"] | None
+    stop_ids: Int[np.ndarray, " ids"]
+    transitions: Int[np.ndarray, "states V"] | None
 
     def rows(self, keys: Array, caps: Int[Array, " B"] | None) -> _Rows:
         """A row for every key, and all the draws they need."""
@@ -158,7 +160,8 @@ class _Sampler:
         by_string = jnp.zeros_like(by_token)
         stop_state = loop.stop_state
         if self.transitions is not None:
-            stop_state = jnp.where(live, self.transitions[stop_state, tokens], stop_state)
+            following = jnp.asarray(self.transitions)[stop_state, tokens]
+            stop_state = jnp.where(live, following, stop_state)
             by_string = live & (stop_state == self.transitions.shape[0] - 1) & ~by_token
         reason = jnp.where(by_token, FINISH_STOP_TOKEN, loop.finish_reasons)
         reason = jnp.where(by_string, FINISH_STOP_STRING, reason)
@@ -241,10 +244,8 @@ def make_generate(
 
     `caps` end rows earlier than the cap of all.
     """
-    stop_ids = jnp.asarray(stop.token_ids, jnp.int32)
-    transitions = None if stop.transitions is None else jnp.asarray(stop.transitions)
-    of_shard = model_config.of_shard
-    sampler = _Sampler(of_shard, rollout, group_size, stop_ids, transitions)
+    stop_ids, of_shard = np.asarray(stop.token_ids, np.int32), model_config.of_shard
+    sampler = _Sampler(of_shard, rollout, group_size, stop_ids, stop.transitions)
     sample = on_each_shard(sampler.sample, model_config.device)
 
     @functools.partial(jax.jit, compiler_options=of_shard.device.decode_options)

@@ -146,7 +146,7 @@ def test_a_dry_run_tells_the_rounds(monkeypatch, capsys):
     for row in rows((6, "unknown", 3, 2), (1, "unknown", 1, 3)):
         assert re.search(row, said), said
     assert "5 rounds of 40 steps" in said and "warning" not in said
-    monkeypatch.setattr("jaxgrpo.mesh._memory", lambda device, name: 150 * 2**20)
+    monkeypatch.setattr("jaxgrpo.devices._memory", lambda device, name: 150 * 2**20)
     said = told()
     for row in rows((6, 3, 3, 2), (1, 1, 1, 3)):
         assert re.search(row, said), said
