@@ -1,13 +1,16 @@
-"""Eight virtual CPU devices, strict numerics, no network; set before jax is imported."""
+"""Eight virtual CPU devices, quick compilation, strict numerics, no network; set before jax is
+imported."""
 
 import os
 from pathlib import Path
 
 from tests.kept_programs import of_this_processor
+from tests.quick_compiles import quick_flags
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+# The last one counts: what is in XLA_FLAGS already goes before quick compilation.
+os.environ["XLA_FLAGS"] = " ".join(
+    [quick_flags(), os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_DISABLED"] = "true"

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+from tests.quick_compiles import quick_flags
+
 SMALL = [
     "grpo.prompts_per_step=8",
     "grpo.group_size=4",
@@ -22,7 +24,7 @@ SMALL = [
 def environment(devices):
     """Of a process with so many CPU devices, in no job."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_", "OMPI_"))}
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{quick_flags()} --xla_force_host_platform_device_count={devices}"
     return kept | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
 
 
