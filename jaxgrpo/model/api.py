@@ -227,8 +227,6 @@ def make_decode_weights(
         for i in range(config.num_layers)
     )
     weights = {**base, "layers": layers}
-    if config.device.count == 1:
-        return weights
     if config.of_shard.device.count == 1:
         return jax.tree.map(lambda x: to_rollout_layout(x, None), weights)
     axes = _decode_axes(config, tuple(lora), arms=len(arms) > 1)

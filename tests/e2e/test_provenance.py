@@ -177,15 +177,15 @@ def test_a_study_from_an_adapter_is_refused(capsys):
 def test_kl_is_to_what_training_starts_from(tmp_path):
     """As in TRL 1.16, which copies a given adapter as its reference: 0 at the first step, to the
     rounding of two programs, though the adapter is far from the base model; then it grows."""
-    start = [*RUN, "optim.learning_rate=0.02", "eval.before_training=false"]
+    # Groups large enough that on any processor's roundings some have unequal rewards in step 1.
+    start = [*RUN, "grpo.group_size=16", "optim.learning_rate=0.02", "eval.before_training=false"]
     assert (
         main([*start, f"run_dir={tmp_path / 'far'}", "steps=4", "eval.after_training=false"]) == 0
     )
     words = [*start, f"lora.adapter={tmp_path / 'far' / 'adapter'}", "grpo.kl_coef=0.05"]
     assert main([*words, f"run_dir={tmp_path / 'on'}"]) == 0
     kl = [r["kl"] for r in read_jsonl(tmp_path / "on" / "metrics.jsonl") if "kl" in r]
-    # How far one step goes depends on the few rewards that were drawn, and they on the processor.
-    assert abs(kl[0]) < 1e-6 and kl[1] > abs(kl[0])
+    assert abs(kl[0]) < 1e-6 and kl[1] > 1e-5
     # Resumed, the reference is still where it started and not where it was stopped.
     assert main([*words, f"run_dir={tmp_path / 'on'}", "steps=3"]) == 0
     longer = [r["kl"] for r in read_jsonl(tmp_path / "on" / "metrics.jsonl") if "kl" in r]
