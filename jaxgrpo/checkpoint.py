@@ -92,6 +92,20 @@ class Checkpoints:
                 f"cannot write the checkpoint {self._path / str(step)}: {reason}"
             ) from error
 
+    def check_resumable(self, config: Config, plan: RankPlan | None) -> None:
+        """Raises what `restore_latest` would of another run's checkpoint, from its manifest alone:
+        before weights are loaded."""
+        for step in numbered(self._path):
+            try:
+                manifest = read_manifest(self._path / str(step))
+            except Exception:  # damaged or not to be read: `restore_latest` says so
+                continue
+            return self._check_same(manifest, config, plan)
+
+    def _check_same(self, manifest: dict, config: Config, plan: RankPlan | None) -> None:
+        check_same_run(manifest, config, plan, self._path.parent)
+        check_same_inputs(manifest, self._inputs, config, self._path.parent)
+
     def restore_latest(
         self, fresh: TrainState, config: Config, plan: RankPlan | None
     ) -> tuple[TrainState, int, RankPlan] | None:
@@ -110,8 +124,7 @@ class Checkpoints:
             check_readable(self._path / str(step))
             try:
                 manifest = read_manifest(self._path / str(step))
-                check_same_run(manifest, config, plan, self._path.parent)
-                check_same_inputs(manifest, self._inputs, config, self._path.parent)
+                self._check_same(manifest, config, plan)
                 check_same_state(manifest["arrays"], abstract, self._path / str(step))
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
                 state = self._manager.restore(step, args=args)["state"]

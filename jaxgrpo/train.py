@@ -6,17 +6,20 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
+from jaxgrpo.checkpoint import Checkpoints
 from jaxgrpo.compile_ahead import compile_ahead
 from jaxgrpo.config import Config
 from jaxgrpo.iteration import ArmStep, run_steps
 from jaxgrpo.loop import Replan, Run, TrainResult, start_run
+from jaxgrpo.processes import first_process
 from jaxgrpo.programs import Programs, make_programs
-from jaxgrpo.records.run_directory import DivergedError
+from jaxgrpo.records.run_directory import DivergedError, RunDirectory
 from jaxgrpo.session import Session, describe_session, warn_user
 
 
@@ -27,11 +30,24 @@ def train(config: Config, console: Console) -> TrainResult:
         ConfigError: before anything is written, if the configuration cannot run.
     """
     session = describe_session(config)
+    check_startable(session)
     warn_user(config, session, console)
     with jax.set_mesh(session.mesh):
         evaluates = config.eval.before_training
         programs = compile_ahead(session, make_programs(session), evaluates=evaluates)
         return train_session(session.load(console), programs, console)
+
+
+def check_startable(session: Session) -> None:
+    """Raises what `start_run` would of a run directory that another process writes or that holds
+    another run, before anything is loaded or compiled."""
+    run = RunDirectory(Path(session.config.run_dir))
+    if first_process() and run.root.is_dir():
+        with run.lock():
+            checkpoints = Checkpoints(
+                run.checkpoints, session.config.keep_checkpoints, session.inputs
+            )
+            checkpoints.check_resumable(session.config, session.plan)
 
 
 def train_session(

@@ -23,7 +23,7 @@ from jaxgrpo.config_files import load_config
 from jaxgrpo.divergence import MAX_BAD_STEPS, MAX_BATCHES
 from jaxgrpo.mesh import make_mesh
 from jaxgrpo.programs import make_programs
-from jaxgrpo.records.run_directory import read_jsonl
+from jaxgrpo.records.run_directory import RunDirectory, read_jsonl
 from jaxgrpo.run import EMBEDDED_CONFIG, EXIT_ERROR, EXIT_USAGE, guarded, main
 from jaxgrpo.session import open_session
 from jaxgrpo.tasks.rewards import gsm8k_answer_reward
@@ -399,4 +399,20 @@ def test_two_runs_of_one_directory_are_refused(lab, tmp_path, capsys):
     lab.at = {1: lambda _: inner.append(main([*SETTINGS, f"run_dir={tmp_path}"]))}
     assert lab.run(tmp_path, steps=2)[0] == 0
     assert inner == [EXIT_USAGE]
+    assert "is being written by another process" in error_line(capsys)
+
+
+def test_a_run_that_is_refused_loads_and_compiles_nothing(lab, tmp_path, capsys, monkeypatch):
+    assert lab.run(tmp_path, steps=1)[0] == 0
+
+    def too_late(*_, **__):
+        raise AssertionError("refused too late")
+
+    monkeypatch.setattr("jaxgrpo.session.load_model", too_late)
+    monkeypatch.setattr("jaxgrpo.train.compile_ahead", too_late)
+    again = [*SETTINGS, f"run_dir={tmp_path}", "optim.learning_rate=0.5"]
+    assert main(again) == EXIT_USAGE
+    assert "optim.learning_rate" in error_line(capsys)
+    with RunDirectory(tmp_path).lock():
+        assert main(again) == EXIT_USAGE
     assert "is being written by another process" in error_line(capsys)
