@@ -51,7 +51,7 @@ def compile_ahead(session: Session, programs: Programs, *, evaluates: bool) -> P
         return _ahead(generate, start(lambda: _build(generate, (weights.result().out, *rows))))
 
     def train_step() -> Any:
-        of_arms = (state, session.device_plan, example_batch(session))
+        of_arms = (state, session.device_plan, example_batch(session, arms))
         rate: tuple = ()
         if arms > 1:
             of_arms, rate = tuple((x,) * arms for x in of_arms), ((jnp.float32(1.0),) * arms,)
@@ -90,8 +90,9 @@ def example_prompts(session: Session, arms: int, evaluation: bool) -> tuple:
     return (*rows, jnp.stack([key] * arms), shard_rows(session.mesh, caps))
 
 
-def example_batch(session: Session) -> TrainBatch:
-    """A step's batch in its shapes and places; what it holds means nothing."""
+def example_batch(session: Session, arms: int) -> TrainBatch:
+    """A step's batch, of one of so many arms, in its shapes and places; what it holds means
+    nothing."""
     config = session.config
     if config.objective == "sft":
         prompts, rollout = gold_rollout(session, 0)
@@ -99,7 +100,9 @@ def example_batch(session: Session) -> TrainBatch:
         prompts = session.train_prompts.batch(config.seed, 0, config.grpo.prompts_per_step)
         rollout = _empty_rollout(config.grpo.rows_per_step, config.rollout.max_completion_tokens)
     advantages = np.zeros(len(rollout.lengths), np.float32)
-    return pack_batch(session.mesh, config.grpo, prompts, rollout, advantages, config.objective)
+    return pack_batch(
+        session.mesh, config.grpo, prompts, rollout, advantages, config.objective, arms
+    )
 
 
 def _empty_rollout(rows: int, width: int) -> Rollout:

@@ -27,6 +27,7 @@ class Device:
         kind: jax's `device_kind`.
         count: devices of the mesh.
         batch_shards: into how many parts the mesh splits a batch.
+        weight_shards: into how many parts it splits the frozen weights.
         memory: bytes of one device that a program may use; None: the device does not say.
         capability: a GPU's compute capability, "9.0" for Hopper.
         cores: multiprocessors of a GPU.
@@ -36,6 +37,7 @@ class Device:
     kind: str = "cpu"
     count: int = 1
     batch_shards: int = 1
+    weight_shards: int = 1
     memory: int | None = None
     capability: str | None = None
     cores: int = 132
@@ -52,6 +54,21 @@ class Device:
         if self.count != self.batch_shards:
             return self
         return replace(self, count=1, batch_shards=1)
+
+    def arm_shards(self, arms: int) -> int:
+        """Over how many devices so many arms that are trained together are spread, each of them
+        whole on one: all, where each has the whole frozen weights and none would be left without an
+        arm. Else 1: every arm's rows are split over all devices."""
+        return self.count if self.weight_shards == 1 and arms >= self.count else 1
+
+    def arm_slots(self, arms: int) -> int:
+        """Room for so many arms: as many on each device that they are spread over."""
+        shards = self.arm_shards(arms)
+        return -(-arms // shards) * shards
+
+    def of_arms(self, arms: int) -> Device:
+        """What each of so many arms is trained on."""
+        return self if self.arm_shards(arms) == 1 else self.of_shard
 
     @property
     def options(self) -> dict[str, bool | str] | None:
@@ -99,6 +116,7 @@ def _describe(device: Any, sizes: Mapping[str, int], memory: int | None) -> Devi
         kind=device.device_kind,
         count=int(np.prod(list(sizes.values()))),
         batch_shards=sizes["data"] * sizes["fsdp"],
+        weight_shards=sizes["fsdp"] * sizes["model"],
         memory=memory,
         capability=getattr(device, "compute_capability", None),
         cores=getattr(device, "core_count", None) or Device.cores,

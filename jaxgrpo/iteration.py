@@ -178,6 +178,7 @@ def update(
             found.rollout,
             found.advantages,
             session.config.objective,
+            programs.arms,
         )
         for _, found in arms
     ]

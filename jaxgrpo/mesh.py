@@ -8,6 +8,7 @@ table leaves open.
 from __future__ import annotations
 
 import enum
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgrpo.config import ConfigError, MeshConfig
 from jaxgrpo.devices import Device, default_platform
+from jaxgrpo.types import stack_arms
 
 MESH_AXES: tuple[str, ...] = ("data", "fsdp", "model")
 
@@ -149,6 +151,49 @@ def on_each_shard(function: Callable, device: Device) -> Callable:
         return run(whole, *rows)
 
     return sharded
+
+
+def on_own_arms(function: Callable, device: Device, *, gathered: bool = True) -> Callable:
+    """`function` of what is whole on every device and of arms with a leading axis, as one of (what
+    is whole, what all arms have in tuples, `stack_arms`), in which each device runs its own arms
+    with no word to the others, where they are spread over devices (`Device.arm_shards`).
+
+    Within it the device is `device.of_arms`.
+
+    Args:
+        gathered: the results, whose leading axis is the arms', come whole to every device. If not,
+            what device after device has found lies side by side along it.
+    """
+
+    def run(whole: Any, of_arms: tuple) -> Any:
+        arms = next(len(x) for x in of_arms if x is not None)
+        shards = device.arm_shards(arms)
+        if shards == 1:
+            return function(whole, stack_arms(of_arms))
+        assert arms % shards == 0, f"{arms} arms on {shards} devices: see Device.arm_slots"
+        (axes,) = split = partition_spec(("act_batch",))
+
+        def on_device(whole: Any, of_arms: tuple) -> Any:
+            each = arms // shards
+            parts = [
+                tuple(None if x is None else x[start : start + each] for x in of_arms)
+                for start in range(0, arms, each)
+            ]
+            # A choice, so that no device stacks the others' too.
+            choices = [functools.partial(stack_arms, part) for part in parts]
+            found = function(whole, jax.lax.switch(jax.lax.axis_index(axes), choices))
+            if not gathered:
+                return found
+            return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), found)
+
+        return jax.shard_map(
+            on_device,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec() if gathered else split,
+            check_vma=False,
+        )(whole, of_arms)
+
+    return run
 
 
 def _within_a_shard(mesh: Any) -> bool:

@@ -25,8 +25,9 @@ class Programs:
 
     Attributes:
         decode_weights: (base, adapters) -> the sampler's weights.
-        arms: how many are sampled and updated together. Of more than one the programs take tuples,
-            and their learning rates; evaluations are of one.
+        arms: how many are sampled and updated together, those included that fill the devices up
+            (`Device.arm_slots`). Of more than one the programs take tuples, and their learning
+            rates; evaluations are of one.
     """
 
     decode_weights: Callable[..., Tree]
@@ -44,8 +45,8 @@ class Programs:
 
 
 def make_programs(session: Session, arms: int = 1) -> Programs:
-    """The programs of runs with this configuration; of several arms, whatever their seed, plan,
-    scale rule and learning rate."""
+    """The programs of runs with this configuration; with room for so many arms, whatever their
+    seed, plan, scale rule and learning rate."""
     config = session.config
     optim = config.optim if arms == 1 else dataclasses.replace(config.optim, learning_rate=1.0)
     optimizer = make_optimizer(optim, config.steps * config.grpo.num_iterations)
@@ -62,5 +63,5 @@ def make_programs(session: Session, arms: int = 1) -> Programs:
         ),
         train_step=make_train_step(session.model_config, StepSettings.of(config), optimizer),
         optimizer=optimizer,
-        arms=arms,
+        arms=session.model_config.device.arm_slots(arms),
     )

@@ -105,7 +105,7 @@ def run(config: Config, arms: int) -> dict[str, float | None]:
     steps = [step for step in map(json.loads, lines) if "loss" in step][1:]
     seconds = statistics.median(b["time"] - a["time"] for a, b in pairwise(steps))
     model = session.model_config
-    sizes, remat = dict(session.mesh.shape), remat_of_run(config, model)
+    sizes, remat = dict(session.mesh.shape), remat_of_run(config, model, arms)
     foretold = foretell(config, model, session.plan, sizes, remat, arms).peak
     peak = peak_memory()
     return {

@@ -38,10 +38,10 @@ class OnlyLowered:
 
 def describe(monkeypatch, mesh, *words):
     config = load_config([EMBEDDED_CONFIG], [*SMALL, *mesh, *words])
-    if not mesh:
-        monkeypatch.setattr(
-            "jaxgrpo.session.make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1])
-        )
+    devices = 2 ** len(mesh)
+    monkeypatch.setattr(
+        "jaxgrpo.session.make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices])
+    )
     return describe_session(config)
 
 
@@ -79,7 +79,9 @@ def test_a_run_calls_what_was_compiled_before_its_weights_were_there(monkeypatch
         chex.assert_trees_all_equal(to_host(state.lora), to_host(other.lora))
 
 
-@pytest.mark.parametrize("mesh", [[], SPLIT], ids=["one device", "2 x 2 x 2"])
+@pytest.mark.parametrize(
+    "mesh", [[], ["mesh.data=2"], SPLIT], ids=["one device", "an arm or two on each", "2 x 2 x 2"]
+)
 def test_several_arms_too(monkeypatch, tmp_path, mesh):
     """Also with a slot that is free, and with the evaluation of one arm."""
     session = describe(monkeypatch, mesh)

@@ -293,8 +293,10 @@ def test_rows_of_an_arm_are_sampled_as_if_it_were_alone(monkeypatch, shrinks):
 
 
 def test_arms_on_a_mesh_are_those_of_one_device():
-    keys = jax.random.split(jax.random.key(7), len(ARMS))
-    tokens, mask = (np.tile(x, (len(ARMS), 1)) for x in _prompts())
+    """Also where each of two devices has the adapters of two of them alone."""
+    arms = (*_arms(), _arms()[0])
+    keys = jax.random.split(jax.random.key(7), len(arms))
+    tokens, mask = (np.tile(x, (len(arms), 1)) for x in _prompts())
     rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
     found = []
     for sizes in (MeshConfig(1, 1, 1), MeshConfig(2, 2, 2), MeshConfig(2, 1, 1)):
@@ -302,9 +304,12 @@ def test_arms_on_a_mesh_are_those_of_one_device():
         config = dataclasses.replace(CONFIG, device=device_of(mesh))
         generate = make_generate(config, rollout, NEVER, GROUP)
         with jax.set_mesh(mesh):
-            weights = make_decode_weights(config, *replicate(mesh, (_base(), tuple(_arms()))))
+            weights = make_decode_weights(config, *replicate(mesh, (_base(), arms)))
             rows = shard_rows(mesh, (tokens, mask))
             found.append(to_host(generate(weights, *rows, keys)))
+    assert device_of(mesh).arm_shards(len(arms)) == 2
+    # Two arms' inner values of rank 4, under one kernel of each device.
+    assert weights["layers"][0]["qkv"].a.shape == (2 * CONFIG.hidden_size, 2 * PLAN.max_rank)
     for many in found[1:]:
         chex.assert_trees_all_equal(found[0].tokens, many.tokens)
         chex.assert_trees_all_close(found[0].logprobs, many.logprobs, atol=1e-5)

@@ -83,7 +83,7 @@ def test_formula_and_compiled_programs_agree(capsys, model_of, name, remat):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_of_several_arms_too(capsys, devices):
-    """On a mesh rows are split over `data`; adapters, and states on their way, are not."""
+    """Each of two devices samples and trains two of them, and has the states of all."""
     words = ["grpo.prompts_per_step=4", "grpo.group_size=4"]
     said = told(capsys, "check", "--devices", str(devices), "--arms", "4", *words)
     assert "4 arms of 448 ranks" in said

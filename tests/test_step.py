@@ -15,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
+from jaxgrpo.ahead.hlo import count
 from jaxgrpo.config import ConfigError, GrpoConfig, MeshConfig, OptimConfig
 from jaxgrpo.devices import ONE_CPU, Device, device_of
 from jaxgrpo.grpo.logprobs import make_logprobs
@@ -327,35 +328,83 @@ def test_eight_devices_are_one_and_keep_the_state_in_place(base, lora):
         assert all(jax.tree.leaves(stayed)), stayed
 
 
-def test_arms_in_one_step_are_updated_as_if_each_were_alone(base, lora, batch):
-    """Four arms: two plans, one of them with layers of rank 0, another learning rate, other rows,
-    and one whose update is not finite, which the others do not notice."""
+ARMS_OPTIM = OptimConfig(learning_rate=1.0, max_grad_norm=0.1)
+
+
+def four_arms(lora, batch):
+    """State, plan, batch and learning rate of each: two plans, one of them with layers of rank 0,
+    another learning rate, other rows, and one whose update is not finite."""
     plans = [make_plan(), make_plan((0, 3), (3, 3)), make_plan(), make_plan()]
-    rates = [1.0, 1.0, 0.3, 1.0]
     broken = dataclasses.replace(batch, advantages=batch.advantages.at[0].set(np.nan))
     others = np.random.default_rng(5).normal(size=len(batch.advantages)).astype(np.float32)
     batches = [batch, make_batch(advantages=others), batch, broken]
-    step, optimizer = make_step(OptimConfig(learning_rate=1.0, max_grad_norm=0.1))
+    _, optimizer = make_step(ARMS_OPTIM)
 
     def fresh(number):
         start = jax.tree.map(lambda x: jnp.array(x) * (1 + 0.1 * number), lora)
         return init_train_state(start, optimizer)
 
-    arms = range(len(plans))
-    states = tuple(map(fresh, arms))
-    on_device_plans, peaks = tuple(map(device_plan, plans)), tuple(map(jnp.float32, rates))
+    rates = tuple(map(jnp.float32, (1.0, 1.0, 0.3, 1.0)))
+    return tuple(map(fresh, range(4))), tuple(map(device_plan, plans)), tuple(batches), rates
+
+
+def test_arms_in_one_step_are_updated_as_if_each_were_alone(base, lora, batch):
+    """One whose update is not finite is noticed by none of the others."""
+    step, _ = make_step(ARMS_OPTIM)
+    states, *of_arms = four_arms(lora, batch)
     for _ in range(2):
-        states, together = step(states, base, on_device_plans, tuple(batches), peaks)
+        states, together = step(states, base, *of_arms)
     assert together.scalars["grpo/skipped_updates"].tolist() == [0, 0, 0, 2]
-    for i in arms:
-        alone = fresh(i)
+    for i, (alone, *of_arm) in enumerate(zip(*four_arms(lora, batch), strict=True)):
         for _ in range(2):
-            alone, found = step(
-                alone, base, device_plan(plans[i]), batches[i], jnp.float32(rates[i])
-            )
+            alone, found = step(alone, base, *of_arm)
         mine = (states[i], jax.tree.map(lambda x, i=i: x[i], together))
         chex.assert_trees_all_close(mine, (alone, found), rtol=1e-5, atol=1e-6)
-    assert together.scalars["learning_rate"].tolist() == pytest.approx(rates)
+    assert together.scalars["learning_rate"].tolist() == pytest.approx([1.0, 1.0, 0.3, 1.0])
+
+
+@pytest.fixture(scope="module")
+def two():
+    """A mesh of two devices that both have all of the weights."""
+    if jax.device_count() < 2:
+        pytest.skip("needs 2 devices")
+    return make_mesh(MeshConfig(data=2), jax.devices()[:2])
+
+
+def test_arms_spread_over_devices_are_those_of_one_device(two, base, lora, batch):
+    """And all that devices tell each other is what the arms end with."""
+    step, _ = make_step(ARMS_OPTIM)
+    states, *of_arms = four_arms(lora, batch)
+    expected = step(states, base, *of_arms)
+    step, _ = make_step(ARMS_OPTIM, device=device_of(two))
+    with jax.set_mesh(two):
+        states, base, *of_arms = replicate(two, (four_arms(lora, batch)[0], base, *of_arms))
+        compiled = step.lower(states, base, *of_arms).compile()
+        found = compiled(states, base, *of_arms)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    told = count(compiled.as_text(), two.size).collectives
+    assert set(told) == {("all-gather", 2)}
+    assert told["all-gather", 2].bytes == sum(x.nbytes for x in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("policy", ["current", "base"])
+def test_log_probs_of_arms_spread_over_devices_are_those_of_one_device(
+    two, base, lora, batch, policy
+):
+    states, plans, batches, _ = four_arms(lora, batch)
+    policies = tuple(Adapters(x.lora, plan) for x, plan in zip(states, plans, strict=True))
+    on_two = dataclasses.replace(MODEL, device=device_of(two))
+    found = []
+    for model in (MODEL, on_two):
+        score = make_logprobs(model, TEMPERATURE, 16, "none")
+        arguments = (base, policies if policy == "current" else None, batches)
+        if model is MODEL:
+            found.append(score(*arguments))
+            continue
+        with jax.set_mesh(two):
+            found.append(score(*replicate(two, arguments)))
+    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)
+    assert any(np.abs(x).sum() > 0 for x in found[1])
 
 
 def test_another_learning_rate_in_the_step_is_the_one_of_an_optimizer(base, lora, batch):

@@ -116,7 +116,8 @@ def estimate(
         arms: so many runs are sampled and updated together.
     """
     model = replace(model, device=device_of(mesh, None if chip is None else chip.hbm_bytes))
-    limit, remat = model.device.memory, remat_of_run(config, model)
+    arms = model.device.arm_slots(arms)
+    limit, remat = model.device.memory, remat_of_run(config, model, arms)
     lowered = Lowered(config, model, plan, mesh, remat, quick, arms)
     programs: dict[str, Program] = {}
     refused: dict[str, int] = {}

@@ -19,10 +19,10 @@ from jaxgrpo.rank_plan import RankPlan
 def rollout_flops(config: Config, model: QwenConfig, plan: RankPlan, arms: int = 1) -> float:
     """Prefill of every prompt and a full decode of every completion, over all devices. Of attention
     all scores: plain attention computes the masked half too. Every row goes through the adapters
-    of all arms."""
+    of all arms that its device has."""
     prompts, rows = arms * config.grpo.prompts_per_step, arms * config.grpo.rows_per_step
     prompt, width = row_slots(config)
-    carried = arms * carried_parameters(model, plan)
+    carried = arms // model.device.arm_shards(arms) * carried_parameters(model, plan)
     layers = model.num_layers * (layer_parameters(model) + carried)
     head = head_parameters(model)
     attention = 4.0 * model.num_heads * model.head_dim * model.num_layers
@@ -32,9 +32,12 @@ def rollout_flops(config: Config, model: QwenConfig, plan: RankPlan, arms: int =
     return prefill + rows * (steps + attention * (width - 1) * (prompt + width))
 
 
-def train_hardware_flops(config: Config, model: QwenConfig, plan: RankPlan, remat: str) -> float:
+def train_hardware_flops(
+    config: Config, model: QwenConfig, plan: RankPlan, remat: str, arms: int = 1
+) -> float:
     """Forward, backward and what `remat` computes again of rows that end at the cap, over all
-    devices."""
+    devices; of all arms."""
+    model = model.of_arms(arms)
     shards, chunk = model.device.batch_shards, config.grpo.logprob_chunk_tokens
     shape = full_bins(config, model.device)
     bins = shape.bins * shards
@@ -58,7 +61,7 @@ def train_hardware_flops(config: Config, model: QwenConfig, plan: RankPlan, rema
     passes = 3 + {"full": 1.0, "products": 0.5}.get(remat, 0.0)
     head = 4.0 * head_parameters(model) * scored
     per_layer = tokens * (products + low_rank) + passes * attention
-    return model.num_layers * per_layer + head
+    return arms * (model.num_layers * per_layer + head)
 
 
 def train_model_flops(config: QwenConfig, tokens: int, scored: int) -> float:

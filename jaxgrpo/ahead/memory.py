@@ -144,8 +144,10 @@ def foretell(
     Args:
         sizes: the mesh's (`mesh.shape`); `model.device` is what it is made of.
         remat: resolved (`remat_of_run`).
-        arms: so many runs are sampled and updated together.
+        arms: so many runs are sampled and updated together, in `Device.arm_slots`.
     """
+    arms = model.device.arm_slots(arms)
+    each, trained = arms // model.device.arm_shards(arms), model.of_arms(arms).device
     prompts, rows = config.grpo.prompts_per_step, config.grpo.rows_per_step
     (prompt, width), shards = row_slots(config), sizes["data"] * sizes["fsdp"]
     size = model.compute_dtype.itemsize
@@ -153,12 +155,12 @@ def foretell(
     layers = sum(_held(x, size, sizes, ROLLOUT_RULES) for x in _layer_leaves(model))
     tables = [_held(x, size, sizes, ROLLOUT_RULES) for x in _table_leaves(model)]
     # Where training's tables are split over fsdp, the sampler has its own.
-    carried = model.num_layers * carried_parameters(model, plan) * size * arms
+    carried = model.num_layers * carried_parameters(model, plan) * size * each
     sampler = layers + carried + (sum(tables) if sizes["fsdp"] > 1 else 0)
     own = {SAMPLER: sampler}
     slots = arms * prompts // shards * prompt
     prefilled = Rows(slots, slots, slots * prompt)
-    batch, parts = full_bins(config, model.device), sizes["model"]
+    batch, parts = full_bins(config, trained), sizes["model"]
     attended = batch.rows * batch.row_places
     computed = Rows(batch.places, attended, attended * batch.row_places)
     backward = BACKWARD[model.device.platform][remat]
@@ -170,18 +172,15 @@ def foretell(
             backward.bytes(model, computed, parts), head_bytes(model, chunk) // parts
         ),
         "gradient": 2 * adapters,
-        BATCH: arms * batch_bytes(batch, rows // shards, width),
     }
     if arms > 1:
-        # Side by side for the loop over them, before it and after it.
-        train["states of the arms on their way"] = 2 * arms * 3 * adapters
-    if model.device.single_gpu:
+        on_way = _states_on_their_way(3 * adapters, arms, each, sum(train.values()))
+        train["states of the arms on their way"] = on_way
+    train[BATCH] = arms * batch_bytes(batch, rows // trained.batch_shards, width)
+    if trained.single_gpu:
         train["frozen weights with adapters inside"] = layers + adapters * size // 4
     if config.weight_grad_norms:
-        shapes = (model.module_shapes[module] for module in plan.modules)
-        train["gradient by the frozen weights"] = (
-            4 * model.num_layers * sum(i * o for i, o in shapes) // sizes["fsdp"] // sizes["model"]
-        )
+        train["gradient by the frozen weights"] = _kernel_gradient_bytes(model, plan, sizes)
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
     return Memory(
         held={
@@ -210,16 +209,28 @@ def foretell(
 def fitting_arms(
     config: Config, model: QwenConfig, plan: RankPlan, sizes: Mapping[str, int], most: int
 ) -> int:
-    """How many arms, at most so many, a device has room for together; one where it does not tell
-    its memory, as on a CPU, whose cores one arm keeps busy."""
+    """How many arms, at most so many, the devices have room for together; one where they do not
+    tell their memory, as on a CPU, whose cores one arm keeps busy."""
     memory = model.device.memory
     if memory is None:
         return 1
-    remat = remat_of_run(config, model)
     for arms in range(most, 1, -1):
+        remat = remat_of_run(config, model, arms)
         if foretell(config, model, plan, sizes, remat, arms).peak <= memory:
             return arms
     return 1
+
+
+def _states_on_their_way(state: int, arms: int, each: int, beside: int) -> int:
+    """Those of a device's arms side by side for the loop over them, before it and after it; or
+    those of all arms, where they are gathered, with nothing left of what was beside the loop."""
+    return max(2 * each * state, arms * state - beside if each < arms else 0)
+
+
+def _kernel_gradient_bytes(model: QwenConfig, plan: RankPlan, sizes: Mapping[str, int]) -> int:
+    shapes = (model.module_shapes[module] for module in plan.modules)
+    parameters = model.num_layers * sum(i * o for i, o in shapes)
+    return 4 * parameters // sizes["fsdp"] // sizes["model"]
 
 
 def batch_bytes(bins: BinShape, rows: int, width: int) -> int:

@@ -17,9 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgrpo.ahead.shapes import full_bins, row_slots
 from jaxgrpo.config import Config
+from jaxgrpo.devices import Device
 from jaxgrpo.grpo.optimizer import make_optimizer
 from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step
-from jaxgrpo.mesh import batch_shards, sharding
+from jaxgrpo.mesh import sharding
 from jaxgrpo.model.api import (
     QwenConfig,
     describe_base,
@@ -89,7 +90,7 @@ def describe_arguments(
         advantages=rows((count,), jnp.float32),
         sampler_logprobs=by_token,
         trained=rows((count,), jnp.bool_),
-        packing=describe_packing(config, model, mesh),
+        packing=describe_packing(config, model.of_arms(arms).device, mesh),
         old_logprobs=by_token if config.grpo.num_iterations > 1 else None,
         ref_logprobs=by_token if config.grpo.kl_coef > 0 else None,
     )
@@ -103,14 +104,15 @@ def describe_arguments(
             jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (arms,) * (arms > 1)))
         ),
         caps=None if arms == 1 else rows((arms * count,), jnp.int32),
-        batch=batch,
+        # On devices of their own each batch lies whole on all, as the adapters do.
+        batch=batch if model.device.arm_shards(arms) == 1 else replicated(batch),
     )
 
 
-def describe_packing(config: Config, model: QwenConfig, mesh: Mesh) -> Packing:
-    """The bins of a step in which no completion ends early."""
-    shards = batch_shards(mesh)
-    shape = full_bins(config, model.device)
+def describe_packing(config: Config, device: Device, mesh: Mesh) -> Packing:
+    """The bins of a step in which no completion ends early, of what trains on such devices."""
+    shards = device.batch_shards
+    shape = full_bins(config, device)
     split = sharding(mesh, ("act_batch", None, None))
     arrays: Any = {
         name: jax.ShapeDtypeStruct(dims, dtype, sharding=split)

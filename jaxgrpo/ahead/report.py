@@ -109,7 +109,7 @@ def _program_table(found: Estimate, plan: RankPlan) -> Table:
         table.add_column(heading, justify="left" if heading == "program" else "right")
     formulas = {
         "rollout": rollout_flops(found.config, found.model, plan, found.arms),
-        "train": found.arms * train_hardware_flops(found.config, found.model, plan, found.remat),
+        "train": train_hardware_flops(found.config, found.model, plan, found.remat, found.arms),
     }
     for name, program in found.programs.items():
         formula = formulas.get(name)

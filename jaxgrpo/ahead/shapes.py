@@ -18,7 +18,8 @@ def row_slots(config: Config) -> tuple[int, int]:
 
 
 def full_bins(config: Config, device: Device) -> BinShape:
-    """The bins that each batch shard of a mesh of such devices computes, one after another."""
+    """The bins that each batch shard of a mesh of such devices computes, one after another; those
+    of one of several arms on `Device.of_arms`."""
     grpo, (prompt, width) = config.grpo, row_slots(config)
     prompts, group = (
         (grpo.rows_per_step, 1)
@@ -36,8 +37,10 @@ def full_bins(config: Config, device: Device) -> BinShape:
     return dataclasses.replace(shape, bins=min(shape.bins, grpo.micro_batches))
 
 
-def remat_of_run(config: Config, model: QwenConfig) -> str:
-    """What model.remat comes to in the largest step, on `model.device`."""
+def remat_of_run(config: Config, model: QwenConfig, arms: int = 1) -> str:
+    """What model.remat comes to in the largest step of a run, or of each of so many arms, on
+    `model.device`."""
+    model = model.of_arms(arms)
     shape = full_bins(config, model.device)
     return resolve_remat(
         model,

@@ -227,8 +227,8 @@ def print_rounds(config: StudyConfig, model: Any, console: Console) -> None:
         plan = make_rank_plan(dataclasses.replace(one.lora, plan=None), model.num_layers)
         fit = fitting_arms(one, model, plan, sizes, len(alike))
         rounds = split_rounds(alike, config.study.together or fit)
-        slots = rounds[0].slots
-        peak = foretell(one, model, plan, sizes, remat_of_run(one, model), slots).peak
+        slots = model.device.arm_slots(rounds[0].slots)
+        peak = foretell(one, model, plan, sizes, remat_of_run(one, model, slots), slots).peak
         names = ", ".join(dict.fromkeys(arm_label(arms[n], config) for n in alike))
         fits = "unknown" if memory is None else str(fit)
         kind = (names, len(alike), fits, slots, slots * one.grpo.rows_per_step, mib(peak))

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxgrpo.config import ConfigError
+from jaxgrpo.mesh import on_own_arms
 from jaxgrpo.model.api import QwenConfig, bin_logprobs, join_adapters
 from jaxgrpo.model.bins import completions_from_bins, over_bins, put_rows, take_bin
-from jaxgrpo.types import Adapters, TrainBatch, Tree, stack_arms, unstack_arms
+from jaxgrpo.types import Adapters, TrainBatch, Tree, unstack_arms
 
 
 def make_logprobs(
@@ -27,15 +28,17 @@ def make_logprobs(
     """
     check_temperature(temperature)
 
-    def of_arm(base: Tree, adapters: Adapters | None, batch: TrainBatch) -> Float[Array, "B C"]:
+    def of_arm(
+        config: QwenConfig, base: Tree, adapters: Adapters | None, batch: TrainBatch
+    ) -> Float[Array, "B C"]:
         if adapters is not None:
-            adapters = join_adapters(model_config, base, adapters, remat)
+            adapters = join_adapters(config, base, adapters, remat)
         width = batch.loss_mask.shape[1]
 
         def score(number: Array, into: Array) -> Array:
             packing = take_bin(batch.packing, number)
             found, _ = bin_logprobs(
-                model_config,
+                config,
                 base,
                 adapters,
                 packing,
@@ -52,8 +55,13 @@ def make_logprobs(
         base: Tree, adapters: Any, batch: Any
     ) -> Float[Array, "B C"] | tuple[Float[Array, "B C"], ...]:
         if not isinstance(batch, tuple):
-            return of_arm(base, adapters, batch)
-        found = jax.lax.map(lambda arm: of_arm(base, *arm), stack_arms((adapters, batch)))
+            return of_arm(model_config, base, adapters, batch)
+        config = model_config.of_arms(len(batch))
+
+        def of_all(base: Tree, stacked: tuple) -> Float[Array, "A B C"]:
+            return jax.lax.map(lambda arm: of_arm(config, base, *arm), stacked)
+
+        found = on_own_arms(of_all, model_config.device)(base, (adapters, batch))
         return unstack_arms(found, len(batch))
 
     return logprobs

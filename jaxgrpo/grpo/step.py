@@ -24,7 +24,7 @@ from jaxgrpo.grpo.logprobs import check_temperature
 from jaxgrpo.grpo.loss import loss_metrics, token_losses, token_weights
 from jaxgrpo.grpo.optimizer import learning_rate_in
 from jaxgrpo.grpo.sensitivity import init_sensitivity, update_sensitivity
-from jaxgrpo.mesh import constrain
+from jaxgrpo.mesh import constrain, on_own_arms
 from jaxgrpo.model.api import (
     QwenConfig,
     bin_logprobs,
@@ -49,7 +49,6 @@ from jaxgrpo.types import (
     TrainState,
     Tree,
     check_train_batch,
-    stack_arms,
     unstack_arms,
 )
 
@@ -103,6 +102,10 @@ def init_train_state(
     )
 
 
+Update = Callable[..., tuple[TrainState, StepMetrics]]
+"""(base, state, plan, batch, learning rate or None) -> what one arm's update leaves."""
+
+
 def make_train_step(
     model_config: QwenConfig, settings: StepSettings, optimizer: optax.GradientTransformation
 ) -> TrainStep:
@@ -115,8 +118,34 @@ def make_train_step(
     A `learning_rate` multiplies the optimizer's own.
 
     In tuples, all of them but the base are those of several arms, each of which is updated as if
-    it were alone.
+    it were alone: on a device of its own where they are spread over the mesh (`on_own_arms`).
     """
+    check_temperature(settings.temperature)
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=model_config.device.options)
+    def train_step(
+        state: Any, base: Tree, plan: Any, batch: Any, learning_rate: Any = None
+    ) -> tuple[Any, Any]:
+        arms = len(state) if isinstance(state, tuple) else 1
+        update = make_update(model_config.of_arms(arms), settings, optimizer)
+        if not isinstance(state, tuple):
+            return update(base, state, plan, batch, learning_rate)
+
+        def update_all(base: Tree, stacked: tuple) -> tuple[TrainState, StepMetrics]:
+            # One after the other: the rows of one fill the device.
+            return jax.lax.map(lambda arm: update(base, *arm), stacked)
+
+        run = on_own_arms(update_all, model_config.device)
+        states, metrics = run(base, (state, plan, batch, learning_rate))
+        return tuple(map(_place_state, unstack_arms(states, arms))), metrics
+
+    return train_step
+
+
+def make_update(
+    model_config: QwenConfig, settings: StepSettings, optimizer: optax.GradientTransformation
+) -> Update:
+    """One arm's update, not compiled; see `make_train_step`."""
     gradients = make_gradients(model_config, settings)
 
     def update(
@@ -157,18 +186,7 @@ def make_train_step(
         norms = layer_grad_norms(grads, plan, kernel_grads)
         return after, StepMetrics(scalars=scalars, layer_grad_norms=norms)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=model_config.device.options)
-    def train_step(
-        state: Any, base: Tree, plan: Any, batch: Any, learning_rate: Any = None
-    ) -> tuple[Any, Any]:
-        if not isinstance(state, tuple):
-            return update(base, state, plan, batch, learning_rate)
-        # One after the other: the rows of one fill the device.
-        arms = stack_arms((state, plan, batch, learning_rate))
-        states, metrics = jax.lax.map(lambda arm: update(base, *arm), arms)
-        return tuple(map(_place_state, unstack_arms(states, len(state)))), metrics
-
-    return train_step
+    return update
 
 
 def make_gradients(

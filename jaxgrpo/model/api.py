@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrpo.config import MODULES
-from jaxgrpo.mesh import check_device, rollout_bytes, sharding, to_rollout_layout
+from jaxgrpo.mesh import check_device, on_own_arms, rollout_bytes, sharding, to_rollout_layout
 from jaxgrpo.model.attention import DecodePosition, rotary_tables
 from jaxgrpo.model.head import token_logprobs
 from jaxgrpo.model.kv_cache import LayerCache, PromptCache, cache_slots, init_completion_cache
@@ -29,7 +29,7 @@ from jaxgrpo.model.qwen import Qwen, join_adapters
 from jaxgrpo.model.remat import remat_of_batch
 from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.model.sampler import Linear, decode_layer, prefill_layer, sampler_layer
-from jaxgrpo.types import Adapters, Packing, Tree, stack_arms
+from jaxgrpo.types import Adapters, Packing, Tree
 
 __all__ = [
     "PRESETS",
@@ -209,27 +209,34 @@ def make_decode_weights(
     """The sampler's copy of the weights: layers unstacked, the adapters carried along.
 
     Args:
-        adapters: one policy's, or in a tuple those of several arms.
+        adapters: one policy's, or in a tuple those of several arms. Of arms that are spread over
+            devices (`on_own_arms`) every device has its own in its part, along the first axis, of
+            each of the layers' arrays.
     """
     check_device(config.device)
     arms = adapters if isinstance(adapters, tuple) else (adapters,) if adapters else ()
-    lora: Tree = {}
-    plan: Tree = {}
-    if arms:
-        (lora,) = stack_arms((tuple(arm.lora for arm in arms),))
-        (plan,) = stack_arms((tuple(plan_collection(arm.plan) for arm in arms),))
-    layers = tuple(
-        sampler_layer(
-            config.of_shard,
-            jax.tree.map(lambda x, i=i: x[i], base["layers"]),
-            *jax.tree.map(lambda x, i=i: x[:, i], (lora, plan)),
+
+    def sampler_layers(stored: Tree, arms: tuple[Tree, ...]) -> tuple[Tree, ...]:
+        return tuple(
+            sampler_layer(
+                config.of_shard,
+                jax.tree.map(lambda x, i=i: x[i], stored),
+                *jax.tree.map(lambda x, i=i: x[:, i], arms or ({}, {})),
+            )
+            for i in range(config.num_layers)
         )
-        for i in range(config.num_layers)
+
+    of_arms = tuple(zip(*((arm.lora, plan_collection(arm.plan)) for arm in arms), strict=True))
+    layers = (
+        on_own_arms(sampler_layers, config.device, gathered=False)(base["layers"], of_arms)
+        if arms
+        else sampler_layers(base["layers"], ())
     )
     weights = {**base, "layers": layers}
     if config.of_shard.device.count == 1:
         return jax.tree.map(lambda x: to_rollout_layout(x, None), weights)
-    axes = _decode_axes(config, tuple(lora), arms=len(arms) > 1)
+    adapted = tuple(arms[0].lora) if arms else ()
+    axes = _decode_axes(config, adapted, arms=len(arms) > 1)
     # The axes stand in for leaves on the left, which is why they come first.
     return jax.tree.map(lambda names, x: to_rollout_layout(x, names), axes, weights, is_leaf=_axes)
 

@@ -49,6 +49,10 @@ class QwenConfig:
         """For a program that each device runs on its own part of the batch."""
         return replace(self, device=self.device.of_shard)
 
+    def of_arms(self, arms: int) -> QwenConfig:
+        """For the part of a program that trains one of so many arms."""
+        return replace(self, device=self.device.of_arms(arms))
+
     @property
     def module_shapes(self) -> dict[str, tuple[int, int]]:
         """module -> (in_features, out_features)."""

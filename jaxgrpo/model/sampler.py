@@ -8,7 +8,8 @@ product costs its start.
 
 Rows of several arms, each with adapters of its own, are sampled together: all arms' inner axes lie
 side by side, and a row keeps the inner values of its own arm alone. What is read is every adapter
-once, which is what sampling with all of them has to read.
+once, which is what sampling with all of them has to read. Where arms are spread over devices a
+device has the adapters of its own alone (`mesh.on_own_arms`).
 """
 
 from __future__ import annotations

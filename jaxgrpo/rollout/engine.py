@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -246,7 +246,11 @@ def make_generate(
     """
     stop_ids, of_shard = np.asarray(stop.token_ids, np.int32), model_config.of_shard
     sampler = _Sampler(of_shard, rollout, group_size, stop_ids, stop.transitions)
-    sample = on_each_shard(sampler.sample, model_config.device)
+
+    def sample_with(weights: Tree, own: Tree, *rows: Any) -> Rollout:
+        return sampler.sample({**weights, **own}, *rows)
+
+    sample = on_each_shard(sample_with, model_config.device)
 
     @functools.partial(jax.jit, compiler_options=of_shard.device.decode_options)
     def generate(
@@ -259,10 +263,16 @@ def make_generate(
         arms, prompts = jnp.atleast_1d(key), len(prompt_tokens)
         rows = prompts // len(arms) * group_size
         keys = jax.vmap(lambda arm: row_keys(arm, rows))(arms).reshape(-1)
-        arm = None
-        if len(arms) > 1:
-            arm = jnp.repeat(jnp.arange(len(arms)), prompts // len(arms))
-        return sample(weights, prompt_tokens, prompt_mask, keys, caps, arm)
+        shards = model_config.device.arm_shards(len(arms))
+        arm, each = None, len(arms) // shards
+        if each > 1:
+            arm = jnp.repeat(jnp.arange(len(arms)) % each, prompts // len(arms))
+        # Of arms that are spread over devices each device has layers of its own.
+        layers, tables = {}, weights
+        if shards > 1:
+            layers = {"layers": weights["layers"]}
+            tables = {name: table for name, table in weights.items() if name != "layers"}
+        return sample(tables, layers, prompt_tokens, prompt_mask, keys, caps, arm)
 
     return generate
 

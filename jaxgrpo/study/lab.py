@@ -74,6 +74,7 @@ class Lab:
         """Compiled programs for a session's configuration; plans, seeds and rules share them, and
         learning rates those of several arms."""
         config, optim = session.config, session.config.optim
+        arms = session.model_config.device.arm_slots(arms)
         length = None if optim.schedule == "constant" else config.steps
         if arms > 1:
             optim = dataclasses.replace(optim, learning_rate=1.0)

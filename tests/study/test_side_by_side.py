@@ -177,3 +177,25 @@ def test_as_many_arms_as_memory_allows():
     remat = remat_of_run(config, of_device)
     peaks = [foretell(config, of_device, plan, sizes, remat, n).peak for n in (arms, arms + 1)]
     assert peaks[0] <= 16 * 2**30 < peaks[1]
+
+
+def test_devices_that_share_the_arms_have_room_for_more():
+    config = Config(grpo=GrpoConfig(prompts_per_step=4, group_size=4))
+    plan = make_rank_plan(config.lora, PRESETS["qwen2.5-1.5b"].num_layers)
+    one = Device("gpu", "some", memory=16 * 2**30, capability="9.0")
+    four = dataclasses.replace(one, count=4, batch_shards=4)
+    fit = []
+    for device in (one, four):
+        sizes = {"data": device.count, "fsdp": 1, "model": 1}
+        model = dataclasses.replace(PRESETS["qwen2.5-1.5b"], device=device)
+        fit.append(fitting_arms(config, model, plan, sizes, 64))
+    assert fit[0] < fit[1] and fit[1] % 4 == 0
+
+    def memory(arms):
+        return foretell(config, model, plan, sizes, remat_of_run(config, model, arms), arms)
+
+    # Room is made on all of them.
+    assert memory(5) == memory(8) != memory(9)
+    # Fewer than devices, or of weights that are split, are split themselves.
+    assert [four.arm_slots(arms) for arms in (1, 3, 4, 5)] == [1, 3, 4, 8]
+    assert dataclasses.replace(four, weight_shards=2).arm_slots(5) == 5
