@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxgrpo.config import Config, ConfigError, check_choice
+from jaxgrpo.config import ConfigError, check_choice
 from jaxgrpo.config_files import dump_config
 from jaxgrpo.records.run_directory import (
     DivergedError,
@@ -27,7 +27,7 @@ from jaxgrpo.study.config import (
     StudyFiles,
     list_arms,
 )
-from jaxgrpo.study.factorial import DIVERGED, analyse, write_design
+from jaxgrpo.study.factorial import DIVERGED, analyse, has_ended, write_design
 from jaxgrpo.study.history import note_report
 from jaxgrpo.study.norms import no_gradient
 from jaxgrpo.study.planner import Planner
@@ -236,7 +236,7 @@ class Runner:
                 `study.together`, alike arms are spread over all of them.
         """
         arms, configs = list_arms(self.config), arm_configs(self.config)
-        left = [n for n in numbers if not self.has_ended(arms[n], configs[n])]
+        left = [n for n in numbers if not has_ended(self.config, arms[n], configs[n])]
         found: list[Round] = []
         for alike in alike_arms(self.config, left):
             found += split_rounds(alike, self._together(alike, places))
@@ -248,13 +248,6 @@ class Runner:
         if self.config.study.together or most == 1:
             return self.config.study.together or 1
         return self.lab.together(arm_configs(self.config)[alike[0]], most)
-
-    def has_ended(self, arm: Arm, config: Config) -> bool:
-        """Whether an arm is done, or has diverged in a design, which counts it so."""
-        diverged = self.config.study.design is not None and (
-            (self.files.arm(arm) / DIVERGED).is_file()
-        )
-        return diverged or is_done(config)
 
     def side_by_side(self, group: Round) -> None:
         """Trains arms in the same programs; each ends as it would alone.

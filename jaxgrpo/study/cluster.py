@@ -22,12 +22,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from jaxgrpo.config import ConfigError
+from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import dump_config, encode_config
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_text
-from jaxgrpo.study.arms import Runner
 from jaxgrpo.study.cluster_worker import PREPARE, run_over_hosts, run_part
-from jaxgrpo.study.config import StudyConfig, StudyFiles, list_arms
+from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, list_arms
+from jaxgrpo.study.factorial import has_ended
 from jaxgrpo.study.runs import arm_configs, check_same_study
 
 POLL_S = 1.0
@@ -35,9 +35,10 @@ POLL_S = 1.0
 
 @dataclass
 class Job:
-    """A study's preparation or one of its arms.
+    """A study's preparation, or one of its arms with what it trains with.
 
     Attributes:
+        number: of `list_arms`, or PREPARE.
         state: waiting, running, done or failed.
         lost: how many workers it has lost.
     """
@@ -45,8 +46,8 @@ class Job:
     study: StudyConfig
     number: int
     name: str
-    run_dir: Path | None
-    steps: int
+    arm: Arm | None = None
+    config: Config | None = None
     state: str = "waiting"
     lost: int = 0
     reason: str = ""
@@ -122,12 +123,10 @@ class _Board:
         self._running: dict[Any, list[Job]] = {}
         for study in studies:
             name = Path(study.run_dir).name
-            self._jobs.append(Job(study, PREPARE, f"{name}: profiles and plans", None, 0))
+            self._jobs.append(Job(study, PREPARE, f"{name}: profiles and plans"))
             configs = arm_configs(study)
             for number, (arm, config) in enumerate(zip(list_arms(study), configs, strict=True)):
-                run_dir = Path(config.run_dir)
-                job = Job(study, number, f"{name}: {arm.name}", run_dir, config.steps)
-                self._jobs.append(job)
+                self._jobs.append(Job(study, number, f"{name}: {arm.name}", arm, config))
 
     def run(self) -> list[Job]:
         """Until nothing can be started any more; gives the jobs that failed."""
@@ -198,14 +197,8 @@ class _Board:
             outcome = ("failed", (str(error).splitlines() or [""])[-1])
         kind, reason = outcome
         for job in jobs:
-            self._note(job, "done" if self._has_ended(job) else kind, reason)
-
-    def _has_ended(self, job: Job) -> bool:
-        """Whether an arm is done, whatever became of those beside it."""
-        if job.number == PREPARE:
-            return False
-        arm, config = list_arms(job.study)[job.number], arm_configs(job.study)[job.number]
-        return Runner(job.study, self._console).has_ended(arm, config)
+            # Whatever became of those beside it.
+            self._note(job, "done" if _is_ended_arm(job) else kind, reason)
 
     def _note(self, job: Job, kind: str, reason: str) -> None:
         """What became of a job: done, lost or failed."""
@@ -243,10 +236,18 @@ class _NoLive:
         pass
 
 
+def _is_ended_arm(job: Job) -> bool:
+    return (
+        job.arm is not None and job.config is not None and has_ended(job.study, job.arm, job.config)
+    )
+
+
 def _newest(job: Job) -> tuple[str, str]:
     """Step and reward of a job's last record, from the end of its metrics."""
-    path = None if job.run_dir is None else RunDirectory(job.run_dir).metrics
-    if path is None or not path.is_file():
+    if job.config is None:
+        return "", ""
+    path = RunDirectory(Path(job.config.run_dir)).metrics
+    if not path.is_file():
         return "", ""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 65536))
@@ -255,5 +256,5 @@ def _newest(job: Job) -> tuple[str, str]:
         with contextlib.suppress(ValueError):
             record = json.loads(line)
             if "reward" in record:
-                return f"{record['step']}/{job.steps}", f"{record['reward']:.3f}"
+                return f"{record['step']}/{job.config.steps}", f"{record['reward']:.3f}"
     return "", ""

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-from jaxgrpo.config import ConfigError
+from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.config_files import flat_settings
 from jaxgrpo.identity import COST, PLACE, WATCHING, first_difference, is_of
 from jaxgrpo.records.run_directory import atomic_write_json, hash_inputs
 from jaxgrpo.stats import RunLayout
 from jaxgrpo.study.comparisons import Compared, Planned, compare
-from jaxgrpo.study.config import StudyConfig, StudyFiles, list_arms
+from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, list_arms
 from jaxgrpo.study.design import CELLS, EFFECTS, DesignConfig
 from jaxgrpo.study.evals import Answers, Questions, read_answers
 from jaxgrpo.study.looks import nominal_levels
 from jaxgrpo.study.result_types import Contrast, DesignResult, Interaction, LookResult
+from jaxgrpo.study.runs import is_done
 
 DIVERGED = "diverged.json"
 """Left by a run whose loss did not stay finite."""
@@ -118,6 +119,14 @@ class Analysis:
     def decided(self) -> bool:
         """Whether the study ends here."""
         return any(look["decided"] for look in self.design["looks"])
+
+
+def has_ended(config: StudyConfig, arm: Arm, run: Config) -> bool:
+    """Whether an arm is done, or has diverged in a design, which counts it so."""
+    diverged = config.study.design is not None and (
+        (StudyFiles(config.run_dir).arm(arm) / DIVERGED).is_file()
+    )
+    return diverged or is_done(run)
 
 
 def analyse(config: StudyConfig) -> Analysis:
