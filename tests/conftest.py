@@ -45,3 +45,14 @@ def pytest_collection_modifyitems(items):
         for kind in ("gpu", "tpu"):
             if kind in item.keywords and backend != kind:
                 item.add_marker(pytest.mark.skip(reason=f"no {kind} here"))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """For tests of what a run does, whatever devices share it: eight virtual ones on two cores take
+    longer than one, to compile and to run."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: first)
+        patch.setattr(jax, "device_count", lambda *_: 1)
+        yield

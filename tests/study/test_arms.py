@@ -4,7 +4,6 @@ a killed study reaches the same numbers."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import yaml
 from jaxgrpo.config import MODULES
 from jaxgrpo.records.run_directory import read_jsonl
 from jaxgrpo.run import main
+from tests.processes import environment
 from tests.test_layout import REFUSE_JAX
 
 PLANS = ["uniform", "proportional", "random", "reduced", "top_k", "equalised"]
@@ -30,10 +30,9 @@ SMALL = {
     "lora": {"rank": 4, "alpha": 8},
     "data": {"max_prompt_tokens": 56, "prompt_bucket_tokens": 56},
     "rollout": {"max_completion_tokens": 24},
-    "grpo": {"prompts_per_step": 8, "group_size": 4},
+    "grpo": {"prompts_per_step": 4, "group_size": 4, "micro_batches": 1},
     "optim": {"learning_rate": 1.0e-3},
     "eval": {"problems": 32, "batch_prompts": 32},
-    "mesh": {"data": 1, "fsdp": 8, "model": 1},
     "study": {
         "profile": {"objectives": ["grpo", "sft"], "steps": 4, "calibration_batches": 1},
         "allocation": {"min_rank": 1, "max_rank": 8, "top_layers": 4, "adaptive_every_steps": 2},
@@ -42,6 +41,7 @@ SMALL = {
         "cuts": {"energy": [0.9], "parameters": [0.25]},
     },
 }
+pytestmark = pytest.mark.usefixtures("one_device")
 # A finished study must report where jax cannot be imported.
 REPORT_ONLY = (
     REFUSE_JAX
@@ -269,7 +269,7 @@ def test_a_killed_study_reaches_the_same_numbers(tmp_path):
 
 def _study(root: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "jaxgrpo.run", "study", str(root.with_suffix(".yaml"))]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ))
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment(1))
 
 
 def _comparable(root: Path):

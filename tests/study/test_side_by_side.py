@@ -22,6 +22,7 @@ from jaxgrpo.study.arms import Runner
 from jaxgrpo.study.config import StudyConfig, list_arms
 from jaxgrpo.study.runs import arm_configs, share_programs
 
+pytestmark = pytest.mark.usefixtures("one_device")
 SETTINGS = {
     "steps": 2,
     "log_completions_every_steps": 0,
