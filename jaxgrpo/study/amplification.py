@@ -34,7 +34,12 @@ Draws = Literal["all", "by layer"]
 Matrix = Literal["both", "A", "B", "W"]
 Norms = Mapping[str, np.ndarray]
 
-FOLLOWS = {"follows": "it follows rank", "does not": "it does not follow rank", "open": "open"}
+FOLLOWS = {
+    "follows": "it follows rank",
+    "against": "it falls with rank",
+    "does not": "it does not follow rank",
+    "open": "open",
+}
 """A slope's verdict in a sentence."""
 
 

@@ -242,8 +242,9 @@ class SlopePart(TypedDict):
     cr1_low: float
     cr1_high: float
     """95 % by cluster-robust variance (CR1) over layers, t with layers - 1 df."""
-    verdict: Literal["follows", "does not", "open"]
-    """follows: the slope exceeds the margin; does not: its interval lies within it."""
+    verdict: Literal["follows", "against", "does not", "open"]
+    """follows: the slope exceeds the margin; against: it is below the margin's negative; does not:
+    its interval lies within it."""
 
 
 class Amplification(TypedDict):

@@ -41,10 +41,12 @@ class Fit:
     def interval(self) -> Interval:
         return Interval(self.value, self.low, self.high)
 
-    def verdict(self) -> Literal["follows", "does not", "open"]:
-        """follows: beyond the margin; does not: wholly within it."""
+    def verdict(self) -> Literal["follows", "against", "does not", "open"]:
+        """follows: beyond the margin; against: below it; does not: wholly within it."""
         if self.low > SLOPE_MARGIN:
             return "follows"
+        if self.high < -SLOPE_MARGIN:
+            return "against"
         within = self.low > -SLOPE_MARGIN and self.high < SLOPE_MARGIN
         return "does not" if within else "open"
 

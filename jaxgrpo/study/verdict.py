@@ -195,7 +195,14 @@ def _headline(plans: Sequence[Contrast]) -> str:
         return (
             f"No plan beats uniform ranks by {margin} points: each is worse or bounded below that."
         )
-    return "Open: no plan is shown to be better, and not every one to be worse or equivalent."
+    if all(c["verdict"] == "open" for c in plans):
+        return "Open: no plan is shown to be better, worse or equivalent."
+    shown = [
+        f"{' and '.join(names)} {word}"
+        for word in ("worse", "equivalent", "open")
+        if (names := [c["name"].split(" - ")[0] for c in plans if c["verdict"] == word])
+    ]
+    return f"Open: no plan is shown to be better; {', '.join(shown)}."
 
 
 def _listed(contrasts: Sequence[Contrast]) -> str:

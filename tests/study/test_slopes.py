@@ -184,7 +184,13 @@ def test_a_slope_needs_ranks_that_differ():
 
 @pytest.mark.parametrize(
     ("low", "high", "said"),
-    [(0.11, 0.2, "follows"), (0.02, 0.09, "does not"), (0.02, 0.2, "open"), (-0.2, 0.0, "open")],
+    [
+        (0.11, 0.2, "follows"),
+        (-0.5, -0.11, "against"),
+        (0.02, 0.09, "does not"),
+        (0.02, 0.2, "open"),
+        (-0.2, 0.0, "open"),
+    ],
 )
 def test_one_margin_says_follows_and_does_not(low, high, said):
     """A third decimal above 0 is no feedback, and 0.09 is not far from it."""
