@@ -97,14 +97,20 @@ class Checkpoints:
         before weights are loaded."""
         for step in numbered(self._path):
             try:
-                manifest = read_manifest(self._path / str(step))
-            except Exception:  # damaged or not to be read: `restore_latest` says so
-                continue
-            return self._check_same(manifest, config, plan)
+                self._read_own(step, config, plan)
+            except Exception as error:
+                reason_of(
+                    error
+                )  # raises it, unless the checkpoint is damaged and the next one counts
+            else:
+                return
 
-    def _check_same(self, manifest: dict, config: Config, plan: RankPlan | None) -> None:
+    def _read_own(self, step: int, config: Config, plan: RankPlan | None) -> dict[str, Any]:
+        """The manifest of a step, if it is of this very run."""
+        manifest = read_manifest(self._path / str(step))
         check_same_run(manifest, config, plan, self._path.parent)
         check_same_inputs(manifest, self._inputs, config, self._path.parent)
+        return manifest
 
     def restore_latest(
         self, fresh: TrainState, config: Config, plan: RankPlan | None
@@ -123,8 +129,7 @@ class Checkpoints:
         for step in numbered(self._path):
             check_readable(self._path / str(step))
             try:
-                manifest = read_manifest(self._path / str(step))
-                self._check_same(manifest, config, plan)
+                manifest = self._read_own(step, config, plan)
                 check_same_state(manifest["arrays"], abstract, self._path / str(step))
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
                 state = self._manager.restore(step, args=args)["state"]
