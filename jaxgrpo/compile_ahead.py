@@ -101,7 +101,13 @@ def example_batch(session: Session, arms: int) -> TrainBatch:
         rollout = _empty_rollout(config.grpo.rows_per_step, config.rollout.max_completion_tokens)
     advantages = np.zeros(len(rollout.lengths), np.float32)
     return pack_batch(
-        session.mesh, config.grpo, prompts, rollout, advantages, config.objective, arms
+        session.mesh,
+        config.grpo,
+        prompts,
+        rollout,
+        advantages,
+        config.objective,
+        whole=session.model_config.device.arm_shards(arms) > 1,
     )
 
 

@@ -53,7 +53,7 @@ class Device:
         batch (`on_each_shard`): one device, unless the model axis splits the weights."""
         if self.count != self.batch_shards:
             return self
-        return replace(self, count=1, batch_shards=1)
+        return replace(self, count=1, batch_shards=1, weight_shards=1)
 
     def arm_shards(self, arms: int) -> int:
         """Over how many devices so many arms that are trained together are spread, each of them

@@ -178,7 +178,7 @@ def update(
             found.rollout,
             found.advantages,
             session.config.objective,
-            programs.arms,
+            whole=session.model_config.device.arm_shards(programs.arms) > 1,
         )
         for _, found in arms
     ]

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgrpo.config import GrpoConfig, Objective
-from jaxgrpo.devices import device_of
 from jaxgrpo.mesh import batch_shards, replicate, shard_rows
 from jaxgrpo.model.pack_rows import pack_rows
 from jaxgrpo.programs import Programs
@@ -91,15 +90,15 @@ def pack_batch(
     rollout: Rollout,
     advantages: np.ndarray,
     objective: Objective = "grpo",
-    arms: int = 1,
+    *,
+    whole: bool = False,
 ) -> TrainBatch:
-    """A rollout on the host as what the train step takes of one of so many arms: split over the
-    mesh, or for one device and whole on all, which it is one of (`Device.of_arms`).
+    """A rollout on the host as what the train step takes, split over the mesh; or, of an arm that
+    one of its devices trains by itself (`Device.arm_shards`), for one and whole on all.
 
     A row whose advantage is 0, or whose tokens are all masked, adds exactly 0 to the gradient of
     the policy term: it is left out of the bins, unless a KL term looks at it too.
     """
-    device = device_of(mesh).of_arms(arms)
     mask = np.asarray(rollout.mask, np.float32)
     if grpo.mask_truncated_completions:
         mask = mask * (np.asarray(rollout.finish_reasons) != FINISH_LENGTH)[:, None]
@@ -112,8 +111,8 @@ def pack_batch(
         np.asarray(rollout.lengths),
         trained,
         micro_batches=grpo.micro_batches,
-        shards=device.batch_shards,
-        platform=device.platform,
+        shards=1 if whole else batch_shards(mesh),
+        platform=mesh.devices.flat[0].platform,
     )
     rows: dict[str, Any] = {
         "loss_mask": mask,
@@ -123,8 +122,7 @@ def pack_batch(
     }
     rows = {name: np.asarray(values)[order] for name, values in rows.items()}
     batch = TrainBatch(**rows, packing=packing)
-    split = device.batch_shards == batch_shards(mesh)
-    return shard_batch(mesh, batch) if split else replicate(mesh, batch)
+    return replicate(mesh, batch) if whole else shard_batch(mesh, batch)
 
 
 def shard_batch(mesh: Mesh, batch: TrainBatch) -> TrainBatch:
