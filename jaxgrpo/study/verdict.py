@@ -197,11 +197,10 @@ def _headline(plans: Sequence[Contrast]) -> str:
         )
     if all(c["verdict"] == "open" for c in plans):
         return "Open: no plan is shown to be better, worse or equivalent."
-    shown = [
-        f"{' and '.join(names)} {word}"
-        for word in ("worse", "equivalent", "open")
-        if (names := [c["name"].split(" - ")[0] for c in plans if c["verdict"] == word])
-    ]
+    shown = []
+    for word in ("worse", "equivalent", "open"):
+        if names := [c["name"].split(" - ")[0] for c in plans if c["verdict"] == word]:
+            shown.append(f"{' and '.join(names) if len(names) <= 4 else len(names)} {word}")
     return f"Open: no plan is shown to be better; {', '.join(shown)}."
 
 

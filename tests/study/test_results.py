@@ -161,6 +161,15 @@ def test_no_is_not_said_while_one_plan_may_be_better(tmp_path):
     assert results["verdict"][0] == said
 
 
+def test_of_many_plans_the_headline_tells_how_many(tmp_path):
+    shifts = {"uniform": [0, 4, 2], "proportional": [-40, -36, -38]}
+    others = ("inverse", "random", "reduced", "top_k", "equalised")
+    shifts |= {plan: [13, 6, 6] for plan in others}
+    results = collect_results(moving_study(tmp_path, shifts, plans=list(shifts)))
+    said = "Open: no plan is shown to be better; proportional worse, 5 open."
+    assert results["verdict"][0] == said
+
+
 def test_runs_that_were_added_after_a_report_are_told(tmp_path):
     """Seeds, whole arms, and what is left out; a first report, and the same one again, say nothing
     of it."""
