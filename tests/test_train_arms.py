@@ -85,6 +85,17 @@ class Lab:
         with jax.set_mesh(self.session.mesh):
             return train_arms(sessions, self.together, QUIET)
 
+    def run_interrupted(self, sessions, at):
+        """`run` with Ctrl-C in the reward of one of them, at its second step."""
+        self.at = {self.prompts(at, 1): lambda: os.kill(os.getpid(), signal.SIGINT)}
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            results = self.run(sessions)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            self.at = {}
+        assert all(isinstance(r, TrainResult) and r.interrupted for r in results)
+
     def run_alone(self, names, root):
         """Every arm by itself, in the ordinary programs."""
         with jax.set_mesh(self.session.mesh):
@@ -112,10 +123,6 @@ def lab(plans):
 @pytest.fixture(scope="module")
 def alone(lab, tmp_path_factory):
     return lab.run_alone(PLANS, tmp_path_factory.mktemp("alone"))
-
-
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def steps(run):
@@ -185,14 +192,7 @@ def test_one_arm_that_fails_does_not_stop_the_others(lab, alone, tmp_path):
 
 def test_arms_that_are_interrupted_go_on_to_the_same_numbers(lab, alone, tmp_path):
     arms = [lab.arm(name, tmp_path) for name in PLANS]
-    lab.at = {lab.prompts(arms[0], 1): interrupt}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        results = lab.run(arms)
-    finally:
-        signal.signal(signal.SIGINT, before)
-        lab.at = {}
-    assert all(isinstance(r, TrainResult) and r.interrupted for r in results)
+    lab.run_interrupted(arms, at=arms[0])
     assert [len(steps(tmp_path / name)) for name in PLANS] == [2] * len(PLANS)
     lab.run([lab.arm(name, tmp_path) for name in PLANS])
     for name in PLANS:
@@ -240,15 +240,9 @@ def test_arms_spread_over_devices_are_what_they_are_alone_on_one(spread, alone, 
     """Interrupted once; what a step leaves lies where the next one wants it, and fewer arms of
     other plans compile nothing."""
     assert spread.together.arms == 6
-    spread.at = {spread.prompts(spread.arm("uniform", tmp_path), 1): interrupt}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        results = spread.run([spread.arm(name, tmp_path) for name in PLANS])
-    finally:
-        signal.signal(signal.SIGINT, before)
-        spread.at = {}
-    assert all(isinstance(r, TrainResult) and r.interrupted for r in results)
-    spread.run([spread.arm(name, tmp_path) for name in PLANS])
+    arms = [spread.arm(name, tmp_path) for name in PLANS]
+    spread.run_interrupted(arms, at=arms[0])
+    spread.run(arms)
     for name in PLANS:
         assert_same_run(tmp_path / name, alone / name)
     again = tmp_path / "again"
