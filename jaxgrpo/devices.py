@@ -55,6 +55,13 @@ class Device:
             return self
         return replace(self, count=1, batch_shards=1, weight_shards=1)
 
+    @property
+    def of_rows(self) -> Device:
+        """What the gradient of a device's own rows is computed on (`over_row_shards`): one
+        device, where each has the whole frozen weights; those that are split over `fsdp` training
+        gathers layer by layer."""
+        return self.of_shard if self.weight_shards == 1 else self
+
     def arm_shards(self, arms: int) -> int:
         """Over how many devices so many arms that are trained together are spread, each of them
         whole on one: all, where each has the whole frozen weights and none would be left without an

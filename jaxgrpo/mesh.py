@@ -153,6 +153,34 @@ def on_each_shard(function: Callable, device: Device) -> Callable:
     return sharded
 
 
+def over_row_shards(function: Callable, device: Device) -> Callable:
+    """`function` of what is whole on every device and of what is split along the batch, as a
+    program that each device runs on its own part. It returns what is summed over the devices, once
+    they have all ended, and what stays split. Of what is split, a scalar is the same for all.
+
+    Within it the device is `device.of_rows`; where the weights are split, and on one device, it is
+    the function itself.
+    """
+    if device.of_rows.count == device.count:
+        return function
+    (axes,) = split = partition_spec(("act_batch",))
+
+    def on_device(whole: Any, rows: Any) -> Any:
+        summed, found = function(whole, rows)
+        return jax.lax.psum(summed, axes), found
+
+    def run(whole: Any, rows: Any) -> Any:
+        of_rows = jax.tree.map(lambda x: split if x.ndim else PartitionSpec(), rows)
+        return jax.shard_map(
+            on_device,
+            in_specs=(PartitionSpec(), of_rows),
+            out_specs=(PartitionSpec(), split),
+            check_vma=False,
+        )(whole, rows)
+
+    return run
+
+
 def on_own_arms(function: Callable, device: Device, *, gathered: bool = True) -> Callable:
     """`function` of what is whole on every device and of arms with a leading axis, as one of (what
     is whole, what all arms have in tuples, `stack_arms`), in which each device runs its own arms

@@ -371,6 +371,30 @@ def two():
     return make_mesh(MeshConfig(data=2), jax.devices()[:2])
 
 
+@pytest.mark.parametrize("changes", [{}, {"loss": "dapo"}, {"kl_coef": 0.1}])
+def test_rows_split_over_devices_are_those_of_one_device(changes, two, base, lora):
+    """And all that devices tell each other of them is told once, whatever the number of bins."""
+    options = {"micro_batches": 4, "shards": 2}
+    if changes.get("kl_coef"):
+        options["ref_logprobs"] = np.full((PROMPTS * GROUP, WIDTH), -3.0, np.float32)
+    rows, plan = make_batch(**options), device_plan(make_plan())
+    assert rows.packing.count > 1
+    one, optimizer = make_step(**changes)
+    expected = one(init_train_state(jax.tree.map(jnp.array, lora), optimizer), base, plan, rows)
+    step, _ = make_step(device=device_of(two), **changes)
+    with jax.set_mesh(two):
+        fresh = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
+        fresh, base, plan = replicate(two, (fresh, base, plan))
+        compiled = step.lower(fresh, base, plan, shard_batch(two, rows)).compile()
+        found = compiled(fresh, base, plan, shard_batch(two, rows))
+    # The two differ in the order of their sums alone, and Adam divides by the gradient's size.
+    chex.assert_trees_all_close(found[1], expected[1], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(found[0].lora, expected[0].lora, atol=1e-4)
+    told = count(compiled.as_text(), two.size).collectives
+    gradient = sum(x.nbytes for x in jax.tree.leaves(lora))
+    assert told["all-reduce", 2].bytes < gradient + 4 * rows.loss_mask.nbytes
+
+
 def test_arms_spread_over_devices_are_those_of_one_device(two, base, lora, batch):
     """And all that devices tell each other is what the arms end with."""
     step, _ = make_step(ARMS_OPTIM)

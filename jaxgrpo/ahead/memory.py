@@ -177,7 +177,7 @@ def foretell(
         on_way = _states_on_their_way(3 * adapters, arms, each, sum(train.values()))
         train["states of the arms on their way"] = on_way
     train[BATCH] = arms * batch_bytes(batch, rows // trained.batch_shards, width)
-    if trained.single_gpu:
+    if trained.of_rows.single_gpu:
         train["frozen weights with adapters inside"] = layers + adapters * size // 4
     if config.weight_grad_norms:
         train["gradient by the frozen weights"] = _kernel_gradient_bytes(model, plan, sizes)

@@ -43,7 +43,7 @@ def remat_of_run(config: Config, model: QwenConfig, arms: int = 1) -> str:
     model = model.of_arms(arms)
     shape = full_bins(config, model.device)
     return resolve_remat(
-        model,
+        model.of_rows,
         config.model.remat,
         tokens=shape.places,
         attended=shape.rows * shape.row_places,

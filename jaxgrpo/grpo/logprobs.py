@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxgrpo.config import ConfigError
-from jaxgrpo.mesh import on_own_arms
+from jaxgrpo.mesh import on_own_arms, over_row_shards
 from jaxgrpo.model.api import QwenConfig, bin_logprobs, join_adapters
 from jaxgrpo.model.bins import completions_from_bins, over_bins, put_rows, take_bin
 from jaxgrpo.types import Adapters, TrainBatch, Tree, unstack_arms
@@ -28,7 +28,7 @@ def make_logprobs(
     """
     check_temperature(temperature)
 
-    def of_arm(
+    def of_rows(
         config: QwenConfig, base: Tree, adapters: Adapters | None, batch: TrainBatch
     ) -> Float[Array, "B C"]:
         if adapters is not None:
@@ -49,6 +49,14 @@ def make_logprobs(
             return put_rows(into, completions_from_bins(found, packing, width), packing)
 
         return over_bins(batch.packing, score, jnp.zeros_like(batch.loss_mask))
+
+    def of_arm(
+        config: QwenConfig, base: Tree, adapters: Adapters | None, batch: TrainBatch
+    ) -> Float[Array, "B C"]:
+        def found(whole: tuple[Tree, Adapters | None], batch: TrainBatch) -> tuple[tuple, Array]:
+            return (), of_rows(config.of_rows, *whole, batch)
+
+        return over_row_shards(found, config.device)((base, adapters), batch)[1]
 
     @functools.partial(jax.jit, compiler_options=model_config.device.options)
     def logprobs(

@@ -24,7 +24,7 @@ from jaxgrpo.grpo.logprobs import check_temperature
 from jaxgrpo.grpo.loss import loss_metrics, token_losses, token_weights
 from jaxgrpo.grpo.optimizer import learning_rate_in
 from jaxgrpo.grpo.sensitivity import init_sensitivity, update_sensitivity
-from jaxgrpo.mesh import constrain, on_own_arms
+from jaxgrpo.mesh import constrain, on_own_arms, over_row_shards
 from jaxgrpo.model.api import (
     QwenConfig,
     bin_logprobs,
@@ -198,6 +198,7 @@ def make_gradients(
     """
     check_temperature(settings.temperature)
     grpo, supervised = settings.grpo, settings.objective == "sft"
+    config = model_config.of_rows
 
     def loss_of(
         point: Point,
@@ -215,7 +216,7 @@ def make_gradients(
             }
             base = {**base, "layers": layers}
         found = bin_logprobs(
-            model_config,
+            config,
             base,
             dataclasses.replace(adapters, lora=lora),
             rows.packing,
@@ -232,28 +233,33 @@ def make_gradients(
         )
         return jnp.sum(weights * per_token), (logprobs, entropy)
 
-    def gradients(
-        base: Tree, adapters: Adapters, batch: TrainBatch
-    ) -> tuple[Array, Tree, Tree | None, Array, Array]:
-        check_train_batch(batch)
+    def of_rows(
+        whole: tuple[Tree, Adapters], split: tuple[TrainBatch, Float[Array, "B C"]]
+    ) -> tuple[tuple[Array, Point], tuple[Array, Array]]:
+        (base, adapters), (batch, weights) = whole, split
         lora, kernels = adapters.lora, None
         if settings.weight_grad_norms:
             kernels = {module: base["layers"][module]["kernel"] for module in lora}
-        # dapo's weights are the mean over all tokens, which is also the supervised loss.
-        kind = "dapo" if supervised else grpo.loss
-        weights = token_weights(kind, batch.loss_mask, settings.max_completion_tokens)
-        chunk_tokens = grpo.logprob_chunk_tokens
-        remat = remat_of_batch(model_config, settings.remat, batch.packing, chunk_tokens)
-        joined = join_adapters(model_config, base, adapters, remat)
+        remat = remat_of_batch(config, settings.remat, batch.packing, grpo.logprob_chunk_tokens)
+        joined = join_adapters(config, base, adapters, remat)
 
         def loss_of_bin(point: Point, number: Array) -> tuple[Array, tuple[Packing, Any]]:
             rows, weighted = batch_of_bin(batch, weights, number)
             loss, scored = loss_of(point, base, joined, rows, weighted, remat)
             return loss, (rows.packing, scored)
 
-        loss, (grads, kernel_grads), (logprobs, entropy) = _accumulate(
-            loss_of_bin, (lora, kernels), batch
-        )
+        return _accumulate(loss_of_bin, (lora, kernels), batch)
+
+    run = over_row_shards(of_rows, model_config.device)
+
+    def gradients(
+        base: Tree, adapters: Adapters, batch: TrainBatch
+    ) -> tuple[Array, Tree, Tree | None, Array, Array]:
+        check_train_batch(batch)
+        # dapo's weights are the mean over all tokens, which is also the supervised loss.
+        kind = "dapo" if supervised else grpo.loss
+        weights = token_weights(kind, batch.loss_mask, settings.max_completion_tokens)
+        (loss, (grads, kernel_grads)), (logprobs, entropy) = run((base, adapters), (batch, weights))
         return loss, grads, kernel_grads, logprobs, entropy
 
     return gradients
@@ -290,22 +296,22 @@ def _accumulate(
     loss_of: Callable[[Point, Array], tuple[Float[Array, ""], tuple[Packing, Any]]],
     point: Point,
     batch: TrainBatch,
-) -> tuple[Float[Array, ""], Point, tuple[Float[Array, "B C"], Float[Array, "B C"]]]:
+) -> tuple[tuple[Float[Array, ""], Point], tuple[Float[Array, "B C"], Float[Array, "B C"]]]:
     """Sums loss and gradient over the bins in use; log-probs and entropies go to their rows.
     One program for any number of bins: nothing differentiates through the loop."""
 
     def add(number: Array, total: tuple) -> tuple:
-        loss, grads, scored = total
+        (loss, grads), scored = total
         (more, (packing, found)), by_point = jax.value_and_grad(loss_of, has_aux=True)(
             point, number
         )
         loss, (grads, kernel_grads) = jax.tree.map(jnp.add, (loss, grads), (more, by_point))
         scored = jax.tree.map(lambda into, rows: put_rows(into, rows, packing), scored, found)
-        return loss, (_place_like_lora(grads), kernel_grads), scored
+        return (loss, (_place_like_lora(grads), kernel_grads)), scored
 
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), point)
     nothing = jnp.zeros_like(batch.loss_mask)
-    start = (jnp.zeros((), jnp.float32), zero, (nothing, nothing))
+    start = ((jnp.zeros((), jnp.float32), zero), (nothing, nothing))
     return over_bins(batch.packing, add, start)
 
 

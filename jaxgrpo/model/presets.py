@@ -49,6 +49,11 @@ class QwenConfig:
         """For a program that each device runs on its own part of the batch."""
         return replace(self, device=self.device.of_shard)
 
+    @property
+    def of_rows(self) -> QwenConfig:
+        """For a gradient that each device computes of its own rows."""
+        return replace(self, device=self.device.of_rows)
+
     def of_arms(self, arms: int) -> QwenConfig:
         """For the part of a program that trains one of so many arms."""
         return replace(self, device=self.device.of_arms(arms))
