@@ -73,14 +73,7 @@ def run_study(config: StudyConfig, console: Console) -> Results | None:
         runner.prepare()
         runner.arms()
         runner.cuts()
-        note_report(config)
-        results = collect_results(config)
-        files = StudyFiles(config.run_dir)
-        atomic_write_json(files.results, results)
-        write_report(results, files.root)
-    print_verdict(results, console)
-    console.print(f"report {files.html}", highlight=False)
-    return results
+        return runner.report()
 
 
 class Runner:
@@ -126,9 +119,15 @@ class Runner:
         """
         study, only = RunDirectory(self.files.root), self.config.study.only
         arms = list_arms(self.config)
-        names = {"prepare", "probes", *(x for a in arms for x in (a.name, a.group, f"s{a.seed}"))}
+        names = {x for a in arms for x in (a.name, a.group, f"s{a.seed}")}
+        names |= {"prepare", "probes", "report"}
         for name in only:
             check_choice(name, sorted(names), "study.only")
+        if "report" in only and self.config.study.design is None:
+            raise ConfigError(
+                "study.only=[report]: only a study.design has looks; one of study.arms is reported "
+                "when all of its arms have ended"
+            )
         if "prepare" in only:
             study.root.mkdir(parents=True, exist_ok=True)
             with study.lock():
@@ -154,6 +153,19 @@ class Runner:
         for number in wanted:
             self._check_open(arms[number])
         self.train(wanted)
+        if "report" in only:
+            with study.lock():
+                self.report()
+
+    def report(self) -> Results:
+        """Writes and prints what the runs that are there tell."""
+        note_report(self.config)
+        results = collect_results(self.config)
+        atomic_write_json(self.files.results, results)
+        write_report(results, self.files.root)
+        print_verdict(results, self._console)
+        self._console.print(f"report {self.files.html}", highlight=False)
+        return results
 
     def _check_open(self, arm: Arm) -> None:
         """Refuses an arm of a block that comes after the look at which the study was decided."""

@@ -10,8 +10,9 @@ import pytest
 from scipy.special import stdtr
 
 from jaxgrpo.config import ConfigError
-from jaxgrpo.config_files import decode_config
+from jaxgrpo.config_files import decode_config, dump_config
 from jaxgrpo.rank_plan import make_rank_plan
+from jaxgrpo.run import main
 from jaxgrpo.study.config import StudyConfig, StudyFiles, list_arms, scaled_lora
 from jaxgrpo.study.design import CELL_RULES, CELLS, DesignConfig
 from jaxgrpo.study.factorial import DIVERGED, analyse, write_design
@@ -109,6 +110,26 @@ def test_nothing_is_analysed_before_a_look_is_complete(tmp_path):
     assert results["contrasts"] == [] and results["design"]["look"] is None
     assert "2 of the 3 blocks" in results["verdict"][0]
     json.dumps(results, allow_nan=False)
+
+
+def test_a_look_is_reported_and_nothing_is_trained(tmp_path, capsys):
+    config = make_config(tmp_path / "study")
+    words = ["study", str(tmp_path / "study.yaml"), "study.only=[report]"]
+    (tmp_path / "study.yaml").write_text(dump_config(config))
+    assert main(words) == 2 and "is not prepared" in capsys.readouterr().err
+    write_blocks(config, {1, 2, 3})
+    (tmp_path / "study" / "config.yaml").write_text(dump_config(config))
+    arms = sorted((tmp_path / "study" / "arms").iterdir())
+    assert main(words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Look at 3 of 5 blocks" in said and "proportional - uniform" in said
+    results = json.loads(StudyFiles(config.run_dir).results.read_text())
+    assert results["design"]["look"] == 3
+    assert (tmp_path / "study" / "report.html").is_file()
+    assert sorted((tmp_path / "study" / "arms").iterdir()) == arms
+
+    assert main(["study", "study.only=[report]", f"run_dir={tmp_path / 'arms'}"]) == 2
+    assert "only a study.design has looks" in capsys.readouterr().err
 
 
 def test_a_look_finds_the_planted_effects(tmp_path):
