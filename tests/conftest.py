@@ -7,9 +7,14 @@ from pathlib import Path
 from tests.kept_programs import of_this_processor
 from tests.quick_compiles import quick_flags
 
-# The last one counts: what is in XLA_FLAGS already goes before quick compilation.
+# The last one counts: what is in XLA_FLAGS already goes before quick compilation. Programs for an
+# accelerator are compiled as a run's are.
 os.environ["XLA_FLAGS"] = " ".join(
-    [quick_flags(), os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    [
+        "" if os.environ.get("JAXGRPO_TEST_ACCELERATOR") else quick_flags(),
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    ]
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

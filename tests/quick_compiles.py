@@ -1,25 +1,15 @@
 """Flags by which XLA compiles for CPUs in a quarter of the time, for the tests' small programs, of
 which most run once. Nothing but the standard library: they must be set before jax is imported."""
 
-import functools
-import importlib.util
-import mmap
-from pathlib import Path
+from importlib.metadata import version
 
-FLAGS = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+UNTIL_11 = ("--xla_cpu_use_fusion_emitters=false",)
+"""Gone with jaxlib 0.11, and a flag that XLA does not know ends the process."""
 
 
-@functools.cache
 def quick_flags() -> str:
-    """Those of `FLAGS` that this jaxlib knows: one that it does not know ends the process."""
-    spec = importlib.util.find_spec("jaxlib")
-    assert spec is not None and spec.origin is not None
-    known = []
-    for path in sorted(Path(spec.origin).parent.glob("libjax_common.*")):
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-            known += [flag for flag in FLAGS if code.find(_name(flag)) >= 0]
+    """Those that this jaxlib knows."""
+    known = ["--xla_backend_optimization_level=0"]
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+        known += UNTIL_11
     return " ".join(known)
-
-
-def _name(flag: str) -> bytes:
-    return flag.removeprefix("--").partition("=")[0].encode()
