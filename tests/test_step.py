@@ -374,7 +374,7 @@ def two():
 @pytest.mark.parametrize("changes", [{}, {"loss": "dapo"}, {"kl_coef": 0.1}])
 def test_rows_split_over_devices_are_those_of_one_device(changes, two, base, lora):
     """And all that devices tell each other of them is told once, whatever the number of bins."""
-    options = {"micro_batches": 4, "shards": 2}
+    options: dict[str, Any] = {"micro_batches": 4, "shards": 2}
     if changes.get("kl_coef"):
         options["ref_logprobs"] = np.full((PROMPTS * GROUP, WIDTH), -3.0, np.float32)
     rows, plan = make_batch(**options), device_plan(make_plan())
