@@ -4,8 +4,8 @@
 
 The archive holds what `python -m jaxgrpo.run study RUN_DIR` needs to analyse the study again and to
 go on with it: settings, plans, design, summaries, metrics, norms, and of every evaluation the
-questions and verdicts. Left out are checkpoints, adapters, TensorBoard's files and what the model
-wrote. Norms are rounded to 4 digits, and of an arm's the plain ones alone are kept; those of
+questions and verdicts. Left out are checkpoints, adapters, TensorBoard's files, reports and what the
+model wrote. Norms are rounded to 4 digits, and of an arm's the plain ones alone are kept; those of
 profiles, which plans are made from, are as they were. The same runs give the same bytes. Prints
 the runs that are finished.
 """
@@ -23,6 +23,8 @@ from pathlib import Path
 from jaxgrpo.records.run_directory import read_jsonl
 
 LEFT_OUT = {"checkpoints", "adapter", "tensorboard", "completions"}
+REPORT = {"report.html", "report.md", "results.json"}
+"""What the study's command makes of the rest."""
 TEXTS = {"completions", "extracted"}
 DIGITS = 4
 
@@ -49,7 +51,7 @@ def files(root: Path) -> Iterator[tuple[str, bytes]]:
     """(name, content) of what is kept, in the order of names."""
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root)
-        if path.is_file() and path.name != ".lock" and not LEFT_OUT & set(inside.parts):
+        if path.is_file() and path.name != ".lock" and not (LEFT_OUT | REPORT) & set(inside.parts):
             yield str(inside), small(path, inside)
 
 

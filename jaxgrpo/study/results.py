@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -239,4 +240,13 @@ def _allocations(config: StudyConfig, files: StudyFiles) -> list[Allocation]:
 
 
 def _versions(files: StudyFiles, config: StudyConfig) -> dict[str, str]:
-    return read_json(files.profile("grpo") / "summary.json").get("versions", {})
+    """What the profile and the arms ran on; where they differ, how many on which."""
+    roots = [files.profile("grpo"), *map(files.arm, list_arms(config))]
+    found = [read_json(root / "summary.json").get("versions", {}) for root in roots]
+    counts = {name: Counter(x[name] for x in found if name in x) for one in found for name in one}
+    return {
+        name: next(iter(values))
+        if len(values) == 1
+        else ", ".join(f"{value} ({runs} of the runs)" for value, runs in values.items())
+        for name, values in counts.items()
+    }

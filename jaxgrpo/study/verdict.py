@@ -214,10 +214,11 @@ def _listed(contrasts: Sequence[Contrast]) -> str:
 
 def _tested(c: Contrast) -> str:
     assert c["low"] is not None and c["high"] is not None and c["p_holm"] is not None
+    level = f" at {100 * c['confidence']:.4g} %" * (c["confidence"] != 0.95)
     return (
         f"{c['name']} is {100 * c['difference']:+.1f} points ({100 * c['low']:+.1f} to "
-        f"{100 * c['high']:+.1f}, p = {c['p_holm']:.2g}, {len(c['per_seed'])} seeds, "
-        f"{c['df']:.3g} df)"
+        f"{100 * c['high']:+.1f}{level}, p = {c['p_holm']:.2g}, "
+        f"{len(c['per_seed'])} seeds, {c['df']:.3g} df)"
     )
 
 

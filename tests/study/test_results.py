@@ -137,6 +137,16 @@ def moving_study(root, shifts, **arms):
     return config
 
 
+def test_runs_of_several_devices_are_told(tmp_path):
+    config = make_study(tmp_path, {"uniform": 0.6, "proportional": 0.6, "random": 0.6})
+    for number, arm in enumerate(list_arms(config)):
+        path = StudyFiles(config.run_dir).arm(arm) / "summary.json"
+        versions = {"jax": "0.11.2", "device": "A" if number else "B"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": versions}))
+    found, others = collect_results(config)["versions"], len(list_arms(config)) - 1
+    assert found == {"jax": "0.11.2", "device": f"B (1 of the runs), A ({others} of the runs)"}
+
+
 def test_runs_that_move_leave_it_open(tmp_path):
     """README's case: the items alone say p = 0.0003, another run of the same arm says otherwise."""
     shifts = {"uniform": [0, 6], "proportional": [-10, 2], "random": [4, -5]}
