@@ -4,9 +4,9 @@
 
 The archive holds what `python -m jaxgrpo.run study RUN_DIR` needs to analyse the study again and to
 go on with it: settings, plans, design, summaries, metrics, norms, and of every evaluation the
-questions and verdicts. Left out are checkpoints, adapters, TensorBoard's files, reports and what the
-model wrote. Norms are rounded to 4 digits, and of an arm's the plain ones alone are kept; those of
-profiles, which plans are made from, are as they were. The same runs give the same bytes. Prints
+questions and verdicts. Left out are checkpoints, adapters, TensorBoard's files, reports and what
+the model wrote. Norms are rounded to 4 digits, and of an arm's the plain ones alone are kept; those
+of profiles, which plans are made from, are as they were. The same runs give the same bytes. Prints
 the runs that are finished.
 """
 
