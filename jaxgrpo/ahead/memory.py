@@ -25,6 +25,7 @@ from jaxgrpo.model.pack_rows import BinShape
 from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.remat import head_bytes, kept_bytes_per_token
 from jaxgrpo.rank_plan import RankPlan
+from jaxgrpo.rollout.engine import batch_sizes
 
 FROZEN, STATE, SAMPLER, BATCH = (
     "frozen weights",
@@ -158,7 +159,7 @@ def foretell(
     carried = model.num_layers * carried_parameters(model, plan) * size * each
     sampler = layers + carried + (sum(tables) if sizes["fsdp"] > 1 else 0)
     own = {SAMPLER: sampler}
-    slots = arms * prompts // shards * prompt
+    slots, completions = arms * prompts // shards * prompt, arms * rows // shards
     prefilled = Rows(slots, slots, slots * prompt)
     batch, parts = full_bins(config, trained), sizes["model"]
     attended = batch.rows * batch.row_places
@@ -182,6 +183,7 @@ def foretell(
     if config.weight_grad_norms:
         train["gradient by the frozen weights"] = _kernel_gradient_bytes(model, plan, sizes)
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
+    going_on = batch_sizes(completions, model.device.of_shard)[1:2]
     return Memory(
         held={
             FROZEN: sum(
@@ -195,11 +197,12 @@ def foretell(
         layout=own | {"layers on their way": layers * 3 // 5},
         rollout=own
         | {
-            "key-value cache": arms * (prompts * prompt + rows * width) // shards * per_token,
-            # One after the other.
-            "prefill, or scores of a token": max(
+            "key-value cache": (slots + completions * width) * per_token,
+            # One after the other; rows that go on are taken out of a cache that is still there.
+            "prefill, scores of a token, or rows that go on": max(
                 PREFILL.bytes(model, prefilled, parts),
-                2 * 4 * arms * rows // shards * model.vocab_size // parts,
+                2 * 4 * completions * model.vocab_size // parts,
+                sum(going_on) * width * per_token,
             ),
         },
         train=train,
