@@ -14,10 +14,9 @@ from typing import Literal
 import numpy as np
 
 from jaxgrpo.stats import Interval
-from jaxgrpo.study.config import StudyConfig, StudyFiles, list_arms
-from jaxgrpo.study.importance import max_min_ratio, shares
-from jaxgrpo.study.norms import layer_norms, read_norms
-from jaxgrpo.study.result_types import Amplification, SlopePart, Spread
+from jaxgrpo.study.config import StudyConfig, StudyFiles
+from jaxgrpo.study.norms import read_norms
+from jaxgrpo.study.result_types import Amplification, SlopePart
 from jaxgrpo.study.slopes import (
     MECHANICAL_SLOPES,
     SLOPE_MARGIN,
@@ -176,33 +175,6 @@ def _slope(rule: str, view: str, slope: Fit, parts: list[SlopePart]) -> Amplific
         "parts": parts,
         "words": words,
     }
-
-
-def spread(config: StudyConfig, files: StudyFiles) -> list[Spread]:
-    """Largest over smallest raw layer share of the first seed's run of each plan, by thirds and
-    over all steps, and that of the uniform run: it grows without any rank moving, too."""
-    first: dict[str, list[float | None]] = {}
-    for arm in list_arms(config):
-        if arm.group not in first and (norms := read_norms(files.arm(arm), "l2")) is not None:
-            by_layer = layer_norms(norms)
-            first[arm.group] = [
-                _ratio(by_layer[steps_of(phase, len(by_layer))]) for phase in (*PHASES[1:], "all")
-            ]
-    uniform = next((group for group in first if group.startswith("uniform")), None)
-    if uniform is None:
-        return []
-    return [
-        {"run": group, "uniform": first[uniform], "own": own}
-        for group, own in first.items()
-        if group != uniform
-    ]
-
-
-def _ratio(norms: np.ndarray) -> float | None:
-    if not norms.size or not norms.any():
-        return None
-    ratio = max_min_ratio(shares(norms))
-    return ratio if np.isfinite(ratio) else None
 
 
 def amplification_verdict(found: Sequence[Amplification], of_weights: Fit | None) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-RESULTS_FORMAT = 3
+RESULTS_FORMAT = 4
 
 Verdict = Literal["better", "worse", "equivalent", "open"]
 """open: neither told apart from 0 nor shown to lie within the margin."""
@@ -262,12 +262,17 @@ class Amplification(TypedDict):
 
 
 class Spread(TypedDict):
-    """Largest over smallest layer share of a run, and of the uniform run at the same steps."""
+    """Largest over smallest layer share of a plan's runs, and of the uniform runs of their seeds:
+    geometric mean and range over seeds."""
 
     run: str
-    uniform: list[float | None]
+    seeds: int
+    uniform: list[Range]
     """By thirds of the steps, then over all of them."""
-    own: list[float | None]
+    own: list[Range]
+    foretold: Range | None
+    """Over all steps, what ranks and scales alone make of the uniform runs; null where ranks
+    moved."""
 
 
 class TopShare(TypedDict):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxgrpo.stats import RunLayout
-from jaxgrpo.study.amplification import Probes, amplification_verdict, spread
+from jaxgrpo.study.amplification import Probes, amplification_verdict
 from jaxgrpo.study.arm_results import (
     accuracy_of,
     arm_result,
@@ -24,6 +24,7 @@ from jaxgrpo.study.evals import Answers, Questions, read_answers
 from jaxgrpo.study.factorial import analyse
 from jaxgrpo.study.history import later_arms
 from jaxgrpo.study.importance import importance
+from jaxgrpo.study.layer_spread import layer_spread
 from jaxgrpo.study.norms import layer_norms, read_norms
 from jaxgrpo.study.paper import paper_rows
 from jaxgrpo.study.result_types import (
@@ -107,7 +108,7 @@ def collect_results(config: StudyConfig) -> Results:
         "profiles": profiles,
         "amplification": slopes,
         "amplification_verdict": amplification_verdict(slopes, probes.of_weights()),
-        "spread": spread(config, files),
+        "spread": layer_spread(groups, files),
         "paper": paper_rows(config, files, arms, profiles),
         "allocations": _allocations(config, files),
     }

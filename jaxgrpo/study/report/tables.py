@@ -125,13 +125,22 @@ def part_table(results: Results) -> Table:
 
 
 def spread_table(results: Results) -> Table:
-    """Largest over smallest layer share, of a run and of the uniform run beside it."""
-    headings = ("run", "first third", "middle third", "last third", "all steps")
+    """Largest over smallest layer share, of a plan's runs and of the uniform runs beside them."""
+    headings = ("run", "seeds", "first third", "middle third", "last third", "all steps")
+    headings = (*headings, "range over seeds", "by LoRA's algebra")
     rows = []
     for found in results["spread"]:
         pairs = zip(found["own"], found["uniform"], strict=True)
-        rows.append((found["run"], *(f"{decimal(own)} ({decimal(at)})" for own, at in pairs)))
-    return Table("Largest over smallest layer share (the uniform run's own)", headings, rows)
+        ratios = (f"{decimal(own['value'])} ({decimal(at['value'])})" for own, at in pairs)
+        whole, foretold = found["own"][-1], found["foretold"]
+        rows.append(
+            (
+                *(found["run"], str(found["seeds"]), *ratios),
+                span(whole["low"], whole["high"]),
+                "" if foretold is None else decimal(foretold["value"]),
+            )
+        )
+    return Table("Largest over smallest layer share (the uniform runs' own)", headings, rows)
 
 
 def concentration_table(results: Results) -> Table:

@@ -1,0 +1,77 @@
+"""How unevenly runs spread the gradient, and what LoRA's algebra makes of the uniform runs."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxgrpo.rank_plan import make_rank_plan
+from jaxgrpo.study.config import StudyFiles, list_arms, scaled_lora
+from jaxgrpo.study.layer_spread import layer_spread
+from tests.study.test_results import make_config, write_arm
+
+RANKS = np.array([4, 4, 8, 8, 8, 8, 12, 12])
+
+
+def write_run(config, arm, size, feedback=0.0):
+    """A run whose raw norms are s sqrt(r) g, times rank^feedback, with g of its seed."""
+    write_arm(config, arm, [True])
+    folder = StudyFiles(config.run_dir).arm(arm)
+    ranks = RANKS if arm.plan == "proportional" else np.full(len(RANKS), 8)
+    lora = dataclasses.replace(config.lora, **scaled_lora(config, arm.scale_rule or "constant", 8))
+    plan = make_rank_plan(lora, len(RANKS), dict.fromkeys(lora.target_modules, ranks))
+    summary = json.loads((folder / "summary.json").read_text()) | {"plan": plan.to_json()}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    norms = plan.scales()["q_proj"] * np.sqrt(ranks) * size * (ranks / 8.0) ** feedback
+    lines = [
+        {"step": step, "l2": {"q_proj": {"a": (norms * step).tolist(), "b": norms.tolist()}}}
+        for step in range(1, 7)
+    ]
+    (folder / "layer_grad_norms.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+@pytest.mark.parametrize("rule", ["constant", "alpha_over_r", "rslora"])
+@pytest.mark.parametrize("feedback", [0.0, 0.3])
+def test_algebra_foretells_what_no_feedback_gives(tmp_path, rule, feedback):
+    config = make_config(tmp_path, plans=["uniform", "proportional"], scale_rules=[rule])
+    sizes = {0: np.linspace(1, 2, len(RANKS)), 1: np.linspace(1, 3, len(RANKS))}
+    groups = {}
+    for arm in list_arms(config):
+        write_run(config, arm, sizes[arm.seed], feedback if arm.plan == "proportional" else 0.0)
+        groups.setdefault(arm.group, []).append(arm)
+    (found,) = layer_spread(groups, StudyFiles(config.run_dir))
+    assert found["seeds"] == 2 and len(found["own"]) == 4
+    assert [x["value"] for x in found["uniform"]] == pytest.approx([np.sqrt(6)] * 4)
+    assert (found["uniform"][-1]["low"], found["uniform"][-1]["high"]) == pytest.approx((2, 3))
+    scale = {"constant": RANKS**0.0, "alpha_over_r": 8 / RANKS, "rslora": np.sqrt(8 / RANKS)}[rule]
+    ratios = []
+    for size in sizes.values():
+        norms = size * scale * np.sqrt(RANKS)
+        ratios.append(norms.max() / norms.min())
+    assert found["foretold"]["value"] == pytest.approx(np.sqrt(np.prod(ratios)))
+    assert (found["own"][-1]["value"] == pytest.approx(found["foretold"]["value"])) == (
+        feedback == 0
+    )
+
+
+def test_a_run_with_no_uniform_one_beside_it_is_left_out(tmp_path):
+    config = make_config(tmp_path, plans=["uniform", "proportional"], seeds=[0, 1])
+    groups = {}
+    for arm in list_arms(config):
+        if arm.plan == "proportional" or arm.seed == 1:
+            write_run(config, arm, np.linspace(1, 2, len(RANKS)))
+        groups.setdefault(arm.group, []).append(arm)
+    (found,) = layer_spread(groups, StudyFiles(config.run_dir))
+    assert found["seeds"] == 1
+
+
+def test_a_layer_without_gradient_has_no_spread(tmp_path):
+    config = make_config(tmp_path, plans=["uniform", "proportional"], seeds=[0])
+    groups = {}
+    for arm in list_arms(config):
+        write_run(config, arm, np.arange(len(RANKS)))
+        groups.setdefault(arm.group, []).append(arm)
+    (found,) = layer_spread(groups, StudyFiles(config.run_dir))
+    assert found["own"][-1] == {"value": None, "low": None, "high": None}
+    json.dumps(found, allow_nan=False)
