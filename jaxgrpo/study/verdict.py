@@ -168,16 +168,18 @@ def design_verdict(design: DesignResult, contrasts: Sequence[Contrast]) -> list[
             "nothing is analysed before."
         ]
     last = design["looks"][-1]["blocks"]
-    end = (
-        "the study is decided and ends here"
+    after = f"after {look['blocks']} of {last} blocks"
+    head = (
+        f"Decided {after}: the study ends here."
         if look["decided"]
-        else "the study ends here, with what is open left open"
+        else f"Ended {after}, with what is open left open."
         if look["blocks"] == last
-        else "it goes on to the next look"
+        else f"Not decided {after}: the study goes on to its next look."
     )
     sentences = [
-        f"Look at {look['blocks']} of {last} blocks: a contrast differs at p <= "
-        f"{look['differs_at']:.4f} and is equivalent at p <= {look['equivalent_at']:.4f}; {end}."
+        head,
+        f"At this look a contrast differs at p <= {look['differs_at']:.4f} and is equivalent at "
+        f"p <= {look['equivalent_at']:.4f}.",
     ]
     return sentences + [f"{c['verdict'].capitalize()}: {_tested(c)}." for c in contrasts]
 
