@@ -34,14 +34,16 @@ def layer_spread(groups: Mapping[str, Sequence[Arm]], files: StudyFiles) -> list
         for arm in arms
         if arm.plan == "uniform"
     }
-    read = {key: read_norms(files.arm(arm), "l2") for key, arm in uniform.items()}
+    read = {key: _finished_norms(files.arm(arm)) for key, arm in uniform.items()}
     found: list[Spread] = []
     for name, arms in groups.items():
         own, beside, foretold = [], [], []
         for arm in arms:
             key = (arm.objective, arm.mean_rank, arm.seed)
-            norms, level = read_norms(files.arm(arm), "l2"), read.get(key)
-            if arm.plan == "uniform" or norms is None or level is None:
+            level = read.get(key)
+            if arm.plan == "uniform" or level is None:
+                continue
+            if (norms := _finished_norms(files.arm(arm))) is None:
                 continue
             own.append(_by_phase(norms))
             beside.append(_by_phase(level))
@@ -58,6 +60,10 @@ def layer_spread(groups: Mapping[str, Sequence[Arm]], files: StudyFiles) -> list
                 }
             )
     return found
+
+
+def _finished_norms(root: Path) -> Norms | None:
+    return read_norms(root, "l2") if (root / "summary.json").is_file() else None
 
 
 def _by_phase(norms: Norms) -> list[float]:

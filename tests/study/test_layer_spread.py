@@ -55,14 +55,16 @@ def test_algebra_foretells_what_no_feedback_gives(tmp_path, rule, feedback):
     )
 
 
-def test_a_run_with_no_uniform_one_beside_it_is_left_out(tmp_path):
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_run_with_no_finished_uniform_one_beside_it_is_left_out(tmp_path, ended):
     config = make_config(tmp_path, plans=["uniform", "proportional"], seeds=[0, 1])
-    groups = {}
+    files, groups = StudyFiles(config.run_dir), {}
     for arm in list_arms(config):
-        if arm.plan == "proportional" or arm.seed == 1:
-            write_run(config, arm, np.linspace(1, 2, len(RANKS)))
+        write_run(config, arm, np.linspace(1, 2, len(RANKS)))
+        if arm.seed == 0 and (arm.plan == "uniform") == ended:
+            (files.arm(arm) / "summary.json").unlink()
         groups.setdefault(arm.group, []).append(arm)
-    (found,) = layer_spread(groups, StudyFiles(config.run_dir))
+    (found,) = layer_spread(groups, files)
     assert found["seeds"] == 1
 
 
