@@ -81,15 +81,16 @@ def main() -> int:
         if args.run_peer is not None:
             run_trl(config, args.run_peer, args.rows, vllm=args.peer == "trl-vllm")
             return 0
-        found = {"jaxgrpo": run(config, None, args)}
-        if args.peer is not None:
-            found[args.peer] = run(config, args.peer, args)
+        found = {}
+        for peer in (None, *([args.peer] if args.peer else [])):
+            found[peer or "jaxgrpo"] = run(config, peer, args)
+            # Each as soon as it is there: the next one may fail.
+            show(found, args.passes)
+            if args.out is not None:
+                args.out.write_text(json.dumps(found, indent=2) + "\n")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(found, args.passes)
-    if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 

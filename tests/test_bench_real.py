@@ -51,6 +51,25 @@ def test_figures_are_those_of_the_lines():
     assert "mean_step_s" not in bench_real.figures(steps[:1], rows=8, started=100.0, passes=0.0)
 
 
+def test_a_peer_that_fails_does_not_take_our_figures_along(tmp_path, monkeypatch, capsys):
+    ours = {"steps": 3, "first_step_s": 9.0, "mean_step_s": 2.0, "versions": {"jax": "0"}}
+
+    def run(config, peer, args):
+        if peer is not None:
+            raise bench_real.ConfigError(f"{peer} ended with exit code 1")
+        return ours
+
+    out = tmp_path / "figures.json"
+    words = [str(EMBEDDED_DIR), str(tmp_path), "--peer", "trl-vllm", "--out", str(out)]
+    monkeypatch.setattr(bench_real, "run", run)
+    monkeypatch.setattr(sys, "argv", ["bench_real.py", *words])
+    assert bench_real.main() == 2
+    said = capsys.readouterr()
+    assert "3 steps from process start" in said.out
+    assert "trl-vllm ended with exit code 1" in said.err
+    assert json.loads(out.read_text()) == {"jaxgrpo": ours}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", [[], ["--peer", "trl", "--rows", "8"]], ids=["alone", "trl"])
 def test_a_tiny_run_of_both_sides(tmp_path, peer):
