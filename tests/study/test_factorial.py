@@ -122,7 +122,10 @@ def test_a_look_is_reported_and_nothing_is_trained(tmp_path, capsys):
     arms = sorted((tmp_path / "study" / "arms").iterdir())
     assert main(words) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Not decided after 3 of 5 blocks" in said and "proportional - uniform" in said
+    assert (
+        "Decided after 3 of 5 blocks: the study ends here." in said
+        and "proportional - uniform" in said
+    )
     results = json.loads(StudyFiles(config.run_dir).results.read_text())
     assert results["design"]["look"] == 3
     assert (tmp_path / "study" / "report.html").is_file()

@@ -53,7 +53,8 @@ def write_arm(config, arm, correct):
     (folder / "eval" / "step_000005.jsonl").write_text(lines)
     ranks = {"q_proj": [8] * LAYERS}
     summary = {
-        "plan": {"ranks": ranks},
+        "plan": {"ranks": ranks, "max_rank": 8, "alpha": 16.0}
+        | {"scale_rule": "constant", "reference_rank": 8},
         "trainable_parameters": 100,
         "model": {"parameters": 1, "layers": LAYERS},
         "versions": {"jax": "0"},
