@@ -99,9 +99,8 @@ class Checkpoints:
             try:
                 self._read_own(step, config, plan)
             except Exception as error:
-                reason_of(
-                    error
-                )  # raises it, unless the checkpoint is damaged and the next one counts
+                # Raises it, unless the checkpoint is damaged: then the next one counts.
+                reason_of(error)
             else:
                 return
 

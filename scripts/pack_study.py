@@ -23,8 +23,7 @@ from pathlib import Path
 from jaxgrpo.records.run_directory import read_jsonl
 
 LEFT_OUT = {"checkpoints", "adapter", "tensorboard", "completions"}
-REPORT = {"report.html", "report.md", "results.json"}
-"""What the study's command makes of the rest."""
+LEFT_OUT |= {"report.html", "report.md", "results.json"}  # which the study makes of the rest
 TEXTS = {"completions", "extracted"}
 DIGITS = 4
 
@@ -51,7 +50,7 @@ def files(root: Path) -> Iterator[tuple[str, bytes]]:
     """(name, content) of what is kept, in the order of names."""
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root)
-        if path.is_file() and path.name != ".lock" and not (LEFT_OUT | REPORT) & set(inside.parts):
+        if path.is_file() and path.name != ".lock" and not LEFT_OUT & set(inside.parts):
             yield str(inside), small(path, inside)
 
 

@@ -39,11 +39,9 @@ def tables(results: dict[str, Any]) -> str:
         slope = slopes[contrast["name"]]
         lines.append(
             f"| {contrast['name']} | {100 * contrast['difference']:+.1f} points "
-            f"| {100 * contrast['low']:+.1f} to {100 * contrast['high']:+.1f} "
-            f"at {100 * contrast['confidence']:.4g} % | {contrast['p_holm']:.2g} "
+            f"| {_at_its_level(contrast)} | {contrast['p_holm']:.2g} "
             f"({contrast['df']:.3g} df) | {contrast['verdict']} "
-            f"| {100 * slope['slope']:+.1f} ({100 * slope['low']:+.1f} to "
-            f"{100 * slope['high']:+.1f}) |"
+            f"| {100 * slope['slope']:+.1f} ({_interval(slope)}) |"
         )
     return "\n".join(lines)
 
@@ -64,8 +62,7 @@ def claims(results: dict[str, Any]) -> str:
             "Proportional ranks lose to uniform ones under GRPO",
             f"{PAPER['proportional']:.1%} against {PAPER['uniform']:.1%}: -4.5 points (200 "
             "problems, 1 seed)",
-            f"{100 * primary['difference']:+.1f} points ({100 * primary['low']:+.1f} to "
-            f"{100 * primary['high']:+.1f} at {100 * primary['confidence']:.4g} %; "
+            f"{100 * primary['difference']:+.1f} points ({_at_its_level(primary)}; "
             f"{len(primary['per_seed'])} seeds, {results['arms'][0]['n_items']:,} problems, "
             "`constant`)",
             primary["verdict"],
@@ -116,6 +113,14 @@ def claims(results: dict[str, Any]) -> str:
     heads = ("claim", "arXiv 2605.07366", "here", "verdict", "what would change it")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _interval(found: dict[str, Any]) -> str:
+    return f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}"
+
+
+def _at_its_level(contrast: dict[str, Any]) -> str:
+    return f"{_interval(contrast)} at {100 * contrast['confidence']:.4g} %"
 
 
 def _ranged(found: dict[str, float]) -> str:

@@ -181,7 +181,7 @@ class Later(TypedDict):
 
 
 class Trend(TypedDict):
-    """Slope of the uniform arms' accuracy on log2 of their rank."""
+    """A slope on log2: of the uniform arms' accuracy on their rank."""
 
     slope: float
     low: float
@@ -190,15 +190,10 @@ class Trend(TypedDict):
     df: float
 
 
-class Interaction(TypedDict):
+class Interaction(Trend):
     """A contrast's slope on log2 of the learning rate."""
 
     name: str
-    slope: float
-    low: float
-    high: float
-    p: float
-    df: float
 
 
 class LookResult(TypedDict):
