@@ -18,7 +18,7 @@ from rich.console import Console
 
 from jaxgrpo import __version__
 from jaxgrpo.checkpoint import Checkpoints, numbered
-from jaxgrpo.compiles import Compiled, compiled
+from jaxgrpo.compiles import Compiled, compiled, longest
 from jaxgrpo.config import ConfigError
 from jaxgrpo.config_files import dump_config, encode_config, flat_settings
 from jaxgrpo.devices import peak_memory
@@ -200,6 +200,7 @@ class Loop:
         new = compiled().since(before)
         self.compiled_by_step |= {done: new} if new.programs else {}
         result.metrics["time/programs_compiled"] = float(new.programs)
+        result.metrics["time/programs_from_disk"] = float(new.from_disk)
         result.metrics["time/compile_s"] = new.seconds
         self.writer.write(done, result.metrics, result.layer_grad_norms)
         self.writer.write_completions(done, result.completions)
@@ -241,7 +242,7 @@ class Loop:
         """What this process compiled: in which steps, and all told (evaluations included)."""
         total = compiled()
         steps = {str(step): asdict(found) for step, found in self.compiled_by_step.items()}
-        return asdict(total) | {"by_step": steps}
+        return asdict(total) | {"longest": longest(), "by_step": steps}
 
     def evaluation_due(self, done: int) -> bool:
         every = self.session.config.eval.every_steps

@@ -49,6 +49,7 @@ ROWS = {
     "tokens_per_s": "sampled tokens/s after the first step",
     "mean_length": "mean completion length",
     "programs": "programs compiled",
+    "programs_from_disk": "  of them from the disk",
     "programs_after_first": "  of them after the first step",
     "compile_s": "seconds compiling (or reading programs from the disk)",
     "passes_s": "seconds from process start until the reward passes",
@@ -120,6 +121,7 @@ def run(config: Config, peer: str | None, args: argparse.Namespace) -> dict[str,
     return found | {
         "peak_memory_gib": peak / 2**30 if peak else None,
         "versions": summary["versions"],
+        "longest_to_compile": summary.get("compiled", {}).get("longest"),
     }
 
 
@@ -158,6 +160,7 @@ def figures(
     if "time/programs_compiled" in steps[0]:
         counts = [step["time/programs_compiled"] for step in steps]
         found["programs"], found["programs_after_first"] = sum(counts), sum(counts[1:])
+        found["programs_from_disk"] = sum(step["time/programs_from_disk"] for step in steps)
         found["compile_s"] = sum(step["time/compile_s"] for step in steps)
     drift = [step.get("sampling/sampling_logp_difference/mean") for step in steps]
     found["series"] = {"end_s": ends, "reward": rewards}

@@ -29,6 +29,7 @@ def test_figures_are_those_of_the_lines():
             "completions/mean_length": 10.0,
             "time/rollout_s": 0.5,
             "time/programs_compiled": 3.0 if i == 0 else float(i == 7),
+            "time/programs_from_disk": 2.0 * (i == 0),
             "time/compile_s": 40.0 if i == 0 else 0.5 * (i == 7),
             "sampling/sampling_logp_difference/mean": 0.01 * (2 if i == 4 else 1),
         }
@@ -40,6 +41,7 @@ def test_figures_are_those_of_the_lines():
     assert found["median_step_s"] == 2
     assert found["tokens_per_s"] == pytest.approx(80 * 19 / 39)
     assert (found["programs"], found["programs_after_first"], found["compile_s"]) == (4, 1, 40.5)
+    assert found["programs_from_disk"] == 2
     assert found["largest_drift"] == pytest.approx(2)
     # Steps 5 to 14 are the first ten whose mean, 0.05 x 9.5, is above; their last is the 14th + 1.
     assert found["passes_step"] == 14 and found["passes_s"] == 50 + 2 * 13 + 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,12 +18,19 @@ import jax
 import numpy as np
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
 
 from jaxgrpo.records.heat_map import heat_map
 from jaxgrpo.records.run_directory import RunDirectory, append_jsonl, atomic_write_text, read_jsonl
 from jaxgrpo.records.tracking import WandbTracker
+
+# tensorboardX imports torch where there is one, seconds of every start, for tensors of its that
+# nobody gives it here: to this import there is none.
+_HIDDEN = sys.modules.setdefault("torch", None) is None  # type: ignore[arg-type]
+from tensorboardX import SummaryWriter  # noqa: E402
+from tensorboardX.summary import hparams  # noqa: E402
+
+if _HIDDEN:
+    del sys.modules["torch"]
 
 # It would say a line for every number that is none, hundreds a step; the guard says one.
 logging.getLogger("tensorboardX").setLevel(logging.ERROR)

@@ -30,17 +30,21 @@ def load_tokenizer(directory: Path) -> Any:
     """
     # transformers advises to install PyTorch where it is not; no model of its own is used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
+    # Not AutoTokenizer, whose import brings torch, seconds of every start. Of what it chooses from
+    # these are all that there is here: tokenizer.json as it stands, or the vocabulary of both
+    # families.
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    if (directory / "tokenizer.json").is_file():
+        kind = PreTrainedTokenizerFast
+    elif (directory / "vocab.json").is_file():
+        kind = Qwen2Tokenizer
+    else:
         raise ConfigError(f"{directory} has no tokenizer (tokenizer.json)")
     try:
         # Several versions take any local directory whose config.json has no transformers_version
-        # for a Mistral with a wrong pattern. Qwen2's is right, which the tests compare with
-        # tokenizer.json's own; False says that nothing is to be mended, and is not warned about.
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=False, fix_mistral_regex=False
-        )
+        # for a Mistral with a wrong pattern; False says that nothing is to be mended.
+        tokenizer = kind.from_pretrained(directory, fix_mistral_regex=False)
     except Exception as error:  # tokenizers raises bare Exceptions on malformed files
         reason = str(error).strip() or type(error).__name__
         raise ConfigError(f"{directory}: the tokenizer does not load: {reason}") from None

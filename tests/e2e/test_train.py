@@ -77,6 +77,8 @@ def test_everything_is_compiled_in_the_first_step(straight):
     summary = json.loads((straight / "summary.json").read_text())["compiled"]
     assert list(summary["by_step"]) == ["1"]
     assert summary["programs"] >= summary["by_step"]["1"]["programs"] == compiled[0]
+    assert summary["programs"] >= summary["from_disk"] >= steps[0]["time/programs_from_disk"]
+    assert {"generate", "train_step"} <= {program["name"] for program in summary["longest"]}
 
 
 def test_killed_run_goes_on_to_the_same_numbers(straight, tmp_path):

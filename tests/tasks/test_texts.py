@@ -301,6 +301,20 @@ def test_no_word_is_lost_on_torch_where_it_is_not_installed():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_start_does_not_wait_for_torch():
+    """What a run needs imports none of it, where it is installed; a reward may still."""
+    program = (
+        "import sys, jaxgrpo.run, jaxgrpo.train\n"
+        "from jaxgrpo.model.weights import EMBEDDED_DIR\n"
+        "from jaxgrpo.tasks.texts import load_tokenizer\n"
+        "load_tokenizer(EMBEDDED_DIR)\n"
+        "assert 'tensorboardX' in sys.modules and 'torch' not in sys.modules\n"
+        "import torch\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_truncation_and_padding_that_were_saved_with_a_tokenizer_do_nothing(tokenizer, tmp_path):
     path = copy_of_the_model(tmp_path / "model")
     cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
