@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrpo.ahead.programs import describe_results
+from jaxgrpo.grpo.optimizer import Schedule
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.mesh import Purpose, fold_key, shard_rows
 from jaxgrpo.programs import Programs
@@ -51,12 +52,12 @@ def compile_ahead(session: Session, programs: Programs, *, evaluates: bool) -> P
         return _ahead(generate, start(lambda: _build(generate, (weights.result().out, *rows))))
 
     def train_step() -> Any:
-        of_arms = (state, session.device_plan, example_batch(session, arms))
-        rate: tuple = ()
+        batch, schedule = example_batch(session, arms), Schedule.of(config)
+        of_arms: Any = (state, session.device_plan, batch, schedule)
         if arms > 1:
-            of_arms, rate = tuple((x,) * arms for x in of_arms), ((jnp.float32(1.0),) * arms,)
-        states, plans, batches = of_arms
-        arguments = (states, session.base, plans, batches, *rate)
+            of_arms = tuple((x,) * arms for x in of_arms)
+        states, *others = of_arms
+        arguments = (states, session.base, *others)
         return _ahead(programs.train_step, start(lambda: _build(programs.train_step, arguments)))
 
     weights = decode_weights(adapters if arms == 1 else (adapters,) * arms)

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxgrpo.evaluate import score_completions
 from jaxgrpo.grpo.advantages import compared_rewards, compute_advantages, reward_metrics
+from jaxgrpo.grpo.optimizer import Schedule
 from jaxgrpo.mesh import Purpose, fold_key, shard_rows, to_host
 from jaxgrpo.processes import gather_parts, own_part
 from jaxgrpo.programs import Programs
@@ -208,8 +209,11 @@ def train_together(
     """One update of every arm; of several the metrics have a leading axis."""
     session = arms[0].session
     plans = [arm.session.device_plan for arm in arms]
+    schedules = [Schedule.of(arm.session.config) for arm in arms]
     if programs.arms == 1:
-        state, report = programs.train_step(states[0], session.base, plans[0], batches[0])
+        state, report = programs.train_step(
+            states[0], session.base, plans[0], batches[0], schedules[0]
+        )
         return [state], report
     # Nobody is there: no bin runs, and a state of zeros is used up.
     free = programs.arms - len(arms)
@@ -218,13 +222,12 @@ def train_together(
     )
     empty = dataclasses.replace(batches[0], packing=nothing)
     unused = [jax.tree.map(jnp.zeros_like, states[0]) for _ in range(free)]
-    rates = [jnp.float32(arm.session.config.optim.learning_rate) for arm in arms]
     new_states, reports = programs.train_step(
         (*states, *unused),
         session.base,
         programs.filled(plans),
         (*batches, *[empty] * free),
-        programs.filled(rates),
+        programs.filled(schedules),
     )
     return list(new_states[: len(arms)]), reports
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ class Programs:
     Attributes:
         decode_weights: (base, adapters) -> the sampler's weights.
         arms: how many are sampled and updated together, those included that fill the devices up
-            (`Device.arm_slots`). Of more than one the programs take tuples, and their learning
-            rates; evaluations are of one.
+            (`Device.arm_slots`). Of more than one the programs take tuples; evaluations are
+            of one.
     """
 
     decode_weights: Callable[..., Tree]
@@ -46,10 +45,9 @@ class Programs:
 
 def make_programs(session: Session, arms: int = 1) -> Programs:
     """The programs of runs with this configuration; with room for so many arms, whatever their
-    seed, plan, scale rule and learning rate."""
+    seed, plan, scale rule, learning rate and number of steps."""
     config = session.config
-    optim = config.optim if arms == 1 else dataclasses.replace(config.optim, learning_rate=1.0)
-    optimizer = make_optimizer(optim, config.steps * config.grpo.num_iterations)
+    optimizer = make_optimizer(config.optim)
     return Programs(
         decode_weights=functools.partial(make_decode_weights, session.model_config),
         generate=session.make_generate(evaluation=False),

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxgrpo.bench.measure import Bench, environment
 from jaxgrpo.commands.bench import BENCH
 from jaxgrpo.commands.command import parse_settings
+from jaxgrpo.grpo.optimizer import Schedule
 from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step
 
 VARIANTS = {"none": (False, False), "1-3": (False, True), "1-4": (True, True)}
@@ -35,12 +36,12 @@ def measure(bench: Bench, by_kernels: bool, keep: bool) -> list[float]:
     step = make_train_step(bench.model, settings, bench.optimizer).__wrapped__
 
     def run(state, base, plan, batch):
-        state, report = step(state, base, plan, batch)
+        state, report = step(state, base, plan, batch, schedule)
         return state, report if keep else report.scalars
 
     run = jax.jit(run, donate_argnums=0, compiler_options=bench.model.device.options)
     state = init_train_state(jax.tree.map(jnp.array, bench.lora), bench.optimizer)
-    batch = bench.make_batch(bench.make_completions())
+    batch, schedule = bench.make_batch(bench.make_completions()), Schedule.of(config)
     times = []
     for _ in range(config.bench.repeats + 1):
         start = time.perf_counter()

@@ -12,7 +12,7 @@ from jaxgrpo.config import GrpoConfig, MeshConfig, OptimConfig
 from jaxgrpo.devices import ONE_CPU, Device, device_of
 from jaxgrpo.grpo.logprobs import make_logprobs
 from jaxgrpo.grpo.loss import token_losses, token_weights
-from jaxgrpo.grpo.optimizer import make_optimizer
+from jaxgrpo.grpo.optimizer import Schedule, make_optimizer
 from jaxgrpo.grpo.step import StepSettings, init_train_state, make_gradients, make_train_step
 from jaxgrpo.mesh import make_mesh, replicate, to_host
 from jaxgrpo.model import qwen
@@ -65,6 +65,7 @@ def make_batch(micro_batches=2, **options):
 
 GRPO = GrpoConfig(prompts_per_step=PROMPTS, group_size=GROUP, logprob_chunk_tokens=16)
 SETTINGS = StepSettings(GRPO, TEMPERATURE, WIDTH, "full")
+SCHEDULE = Schedule(jnp.float32(1e-5), jnp.float32(10))
 
 
 def gradients_of(weights, batch, remat, grpo=GRPO, config=CONFIG):
@@ -131,17 +132,18 @@ def compare(config, weights, want, remat):
 def test_eight_devices_compute_packed_rows_as_one_does(weights):
     base, lora = weights
     packed = make_batch(micro_batches=2, shards=4)
-    optimizer = make_optimizer(OptimConfig(), 10)
+    optimizer = make_optimizer(OptimConfig())
     step = make_train_step(CONFIG, SETTINGS, optimizer)
     state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
-    one = to_host(step(state, base, device_plan(PLAN), on_device(packed))[1])
+    one = to_host(step(state, base, device_plan(PLAN), on_device(packed), SCHEDULE)[1])
     mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
     config = dataclasses.replace(CONFIG, device=device_of(mesh))
     step = make_train_step(config, SETTINGS, optimizer)
     with jax.set_mesh(mesh):
         state = init_train_state(replicate(mesh, lora), optimizer)
         rows = shard_batch(mesh, packed)
-        many = to_host(step(state, replicate(mesh, base), replicate(mesh, device_plan(PLAN)), rows))
+        frozen, plan = replicate(mesh, base), replicate(mesh, device_plan(PLAN))
+        many = to_host(step(state, frozen, plan, rows, SCHEDULE))
     chex.assert_trees_all_close(many[1], one, rtol=1e-3, atol=1e-5)
 
 
@@ -179,10 +181,10 @@ def test_without_any_advantage_nothing_runs_and_nothing_moves(weights):
     loss, grads, kernel_grads, *scored = gradients_of(weights, empty, "full")
     for leaf in jax.tree.leaves((loss, grads, kernel_grads, scored)):
         np.testing.assert_array_equal(leaf, 0)
-    optimizer = make_optimizer(OptimConfig(), 10)
+    optimizer = make_optimizer(OptimConfig())
     step = make_train_step(CONFIG, SETTINGS, optimizer)
     state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
-    after, metrics = step(state, base, device_plan(PLAN), empty)
+    after, metrics = step(state, base, device_plan(PLAN), empty, SCHEDULE)
     chex.assert_tree_all_finite((after, metrics))
     chex.assert_trees_all_equal(after.lora, lora)
     assert metrics.scalars["grpo/frac_rows_trained"] == metrics.scalars["packing/bins"] == 0

@@ -19,7 +19,7 @@ import pytest
 from jaxgrpo.checkpoint import Checkpoints, read_adapter
 from jaxgrpo.config import Config, ConfigError, MeshConfig, OptimConfig
 from jaxgrpo.config_files import load_config
-from jaxgrpo.grpo.optimizer import learning_rate_in, make_optimizer
+from jaxgrpo.grpo.optimizer import Schedule, learning_rate_in, make_optimizer
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.identity import first_difference
 from jaxgrpo.mesh import make_mesh, sharding
@@ -37,7 +37,8 @@ MODEL = QwenConfig(
     num_kv_heads=1,
     head_dim=8,
 )
-OPTIMIZER = make_optimizer(OptimConfig(), total_updates=10)
+OPTIMIZER = make_optimizer(OptimConfig())
+SCHEDULE = Schedule(jnp.float32(1e-4), jnp.float32(10))
 CONFIG = Config()
 
 
@@ -54,7 +55,8 @@ def state_after(updates: int) -> TrainState:
     state = init_train_state(init_lora(MODEL, PLAN, jax.random.key(1)), OPTIMIZER)
     for update in range(updates):
         grads = jax.tree.map(lambda x, u=update: jnp.cos(x * 3 + u), state.lora)
-        changes, opt_state = OPTIMIZER.update(grads, state.opt_state, state.lora)
+        old = state.opt_state
+        changes, opt_state = OPTIMIZER.update(grads, old, state.lora, schedule=SCHEDULE)
         lora = optax.apply_updates(state.lora, changes)
         state = dataclasses.replace(state, lora=lora, opt_state=opt_state, step=state.step + 1)
     return dataclasses.replace(state, skipped=jnp.asarray(2, jnp.int32))

@@ -8,13 +8,14 @@ import optax
 import pytest
 
 from jaxgrpo.config import OptimConfig
-from jaxgrpo.grpo.optimizer import learning_rate_at, learning_rate_in, make_optimizer
+from jaxgrpo.grpo.optimizer import Schedule, learning_rate_at, learning_rate_in, make_optimizer
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rate_follows_the_schedule(schedule):
     config = OptimConfig(learning_rate=0.5, schedule=schedule, warmup_steps=3)
-    rates = [float(learning_rate_at(config, 10, step)) for step in range(11)]
+    schedule_of_10 = Schedule(jnp.float32(0.5), jnp.float32(10))
+    rates = [float(learning_rate_at(config, schedule_of_10, step)) for step in range(11)]
     np.testing.assert_allclose(rates[:4], [0.125, 0.25, 0.375, 0.5], rtol=1e-6)
     middle = {
         "constant": 0.5,
@@ -28,8 +29,10 @@ def test_learning_rate_follows_the_schedule(schedule):
 def test_clipping_bounds_what_adam_sees_but_not_what_is_reported():
     gradient = {"w": jnp.full((4,), 100.0)}
     for bound, norm in ((1.0, 1.0), (0.0, 200.0)):
-        optimizer = make_optimizer(OptimConfig(max_grad_norm=bound), 1)
-        _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
+        optimizer = make_optimizer(OptimConfig(max_grad_norm=bound))
+        schedule = Schedule(jnp.float32(1e-4), jnp.float32(1))
+        state = optimizer.init(gradient)
+        _, state = optimizer.update(gradient, state, gradient, schedule=schedule)
         first_moment = optax.tree.get(state, "mu")
         np.testing.assert_allclose(optax.tree.norm(first_moment), 0.1 * norm, rtol=1e-5)
 

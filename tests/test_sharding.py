@@ -11,7 +11,7 @@ import pytest
 from jaxgrpo.checkpoint import Checkpoints
 from jaxgrpo.config import Config, ConfigError, GrpoConfig, MeshConfig, OptimConfig, RolloutConfig
 from jaxgrpo.devices import device_of
-from jaxgrpo.grpo.optimizer import make_optimizer
+from jaxgrpo.grpo.optimizer import Schedule, make_optimizer
 from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step, packing_metrics
 from jaxgrpo.mesh import (
     Purpose,
@@ -143,7 +143,8 @@ def test_keys_differ_between_steps_purposes_and_seeds():
 GROUP, WIDTH, SLOTS = 2, 8, 6
 GRPO = GrpoConfig(prompts_per_step=8, group_size=GROUP, logprob_chunk_tokens=32)
 LEARNING_RATE = 1e-2
-OPTIMIZER = make_optimizer(OptimConfig(learning_rate=LEARNING_RATE, eps=1e-3), 10)
+OPTIMIZER = make_optimizer(OptimConfig(learning_rate=LEARNING_RATE, eps=1e-3))
+SCHEDULE = Schedule(jnp.float32(LEARNING_RATE), jnp.float32(10))
 RANKS = {"q_proj": [1, 2, 3], "v_proj": [2, 2, 1], "down_proj": [4, 0, 2]}
 PLAN = RankPlan({module: np.array(r) for module, r in RANKS.items()}, 4, 8.0, "rslora", 4)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2)]
@@ -184,7 +185,7 @@ def two_steps(mesh, state=None):
             host = to_host(generate(weights, *shard_rows(mesh, (prompts.tokens, mask)), key))
             advantages = np.cos(host.tokens.sum(axis=1)).astype(np.float32)
             batch = pack_batch(mesh, GRPO, prompts, host, advantages)
-            state, report = step(state, base, plan, batch)
+            state, report = step(state, base, plan, batch, SCHEDULE)
             report = to_host(report)
             for name in packing_metrics(batch.packing):  # which go with the number of shards
                 del report.scalars[name]

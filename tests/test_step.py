@@ -19,7 +19,7 @@ from jaxgrpo.ahead.hlo import count
 from jaxgrpo.config import ConfigError, GrpoConfig, MeshConfig, OptimConfig
 from jaxgrpo.devices import ONE_CPU, Device, device_of
 from jaxgrpo.grpo.logprobs import make_logprobs
-from jaxgrpo.grpo.optimizer import learning_rate_at, make_optimizer
+from jaxgrpo.grpo.optimizer import Schedule, learning_rate_at, make_optimizer
 from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step, packing_metrics
 from jaxgrpo.mesh import batch_shards, make_mesh, replicate, sharding
 from jaxgrpo.model.api import (
@@ -91,10 +91,13 @@ def make_step(
     optim: OptimConfig | None = None, device: Device = ONE_CPU, **changes
 ) -> tuple[Any, Any]:
     grpo = GrpoConfig(logprob_chunk_tokens=16, **changes)
-    optimizer = make_optimizer(optim or OptimConfig(learning_rate=1e-2), 10)
+    optimizer = make_optimizer(optim or OptimConfig())
     model = dataclasses.replace(MODEL, device=device)
     settings = StepSettings(grpo, TEMPERATURE, WIDTH, "none")
     return make_train_step(model, settings, optimizer), optimizer
+
+
+SCHEDULE = Schedule(jnp.float32(1e-2), jnp.float32(10))
 
 
 def copy(tree):
@@ -105,7 +108,7 @@ def copy(tree):
 def run_once(base, lora, batch, plan=None, **changes):
     step, optimizer = make_step(**changes)
     state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
-    return step(state, base, device_plan(plan or make_plan()), batch)
+    return step(state, base, device_plan(plan or make_plan()), batch, SCHEDULE)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo"])
@@ -123,17 +126,18 @@ def test_any_number_of_bins_is_one_bin(loss, base, lora, batch):
         chex.assert_trees_all_close(after.lora, moved.lora, atol=1e-4)
 
 
-def test_another_plan_compiles_nothing(base, lora, batch):
+def test_another_plan_learning_rate_and_number_of_steps_compile_nothing(base, lora, batch):
     step, optimizer = make_step(group_size=4)  # a configuration that no other test compiles
     state = init_train_state(lora, optimizer)
     plans = [make_plan(), make_plan((0, 3), (3, 3)), make_plan((1, 1), (0, 0))]
     first, *others = [device_plan(plan) for plan in plans]
+    schedules = [Schedule(jnp.float32(1e-3), jnp.float32(total)) for total in (7, 1000)]
     with compilations() as compiled:
-        state, _ = step(state, base, first, batch)
+        state, _ = step(state, base, first, batch, SCHEDULE)
     assert compiled
     with compilations() as compiled:
-        for plan in others:
-            state, _ = step(state, base, plan, batch)
+        for plan, schedule in zip(others, schedules, strict=True):
+            state, _ = step(state, base, plan, batch, schedule)
     assert not compiled
     assert step._cache_size() == 1
 
@@ -156,7 +160,7 @@ def test_no_lengths_nor_flat_groups_compile_anything(base, lora):
         batch = pack_batch(mesh, grpo, rows.prompts, rollout, advantages)
         score(base, Adapters(state.lora, plan), batch)
         bins.add(int(batch.packing.count))
-        return step(state, base, plan, batch)[0]
+        return step(state, base, plan, batch, SCHEDULE)[0]
 
     with jax.set_mesh(mesh):
         state = run(init_train_state(lora, optimizer), some_rows(), flat=0.3)
@@ -184,10 +188,10 @@ def test_gradient_matches_a_finite_difference_of_the_loss(base, lora, batch):
 
     def loss_at(lora) -> float:
         state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
-        return float(step(state, base, plan, batch)[1].scalars["loss"])
+        return float(step(state, base, plan, batch, SCHEDULE)[1].scalars["loss"])
 
     state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
-    after, metrics = step(state, base, plan, batch)
+    after, metrics = step(state, base, plan, batch, SCHEDULE)
     direction = jax.tree.map(lambda new, start: start - new, after.lora, lora)
     norm = metrics.scalars["grad_norm"]
     along = [
@@ -204,14 +208,14 @@ def test_repeated_updates_on_one_batch_lower_the_loss(base, lora, batch):
     old = make_logprobs(MODEL, TEMPERATURE, 16, "none")(base, Adapters(lora, plan), batch)
     given = dataclasses.replace(batch, old_logprobs=old)
     own, with_old = (
-        step(init_train_state(jax.tree.map(jnp.array, lora), optimizer), base, plan, rows)
+        step(init_train_state(jax.tree.map(jnp.array, lora), optimizer), base, plan, rows, SCHEDULE)
         for rows in (batch, given)
     )
     chex.assert_trees_all_close(own[1], with_old[1], rtol=1e-3, atol=1e-5)
     state, metrics = with_old
     losses = [float(metrics.scalars["loss"])]
     for _ in range(2):
-        state, metrics = step(state, base, plan, given)
+        state, metrics = step(state, base, plan, given, SCHEDULE)
         losses.append(float(metrics.scalars["loss"]))
     assert losses[2] < losses[1] < losses[0], losses
     assert int(state.step) == 3
@@ -234,12 +238,12 @@ def test_log_probs_are_the_models_and_without_adapters_the_base_models(base, lor
 
 
 def test_padding_never_moves_not_even_by_weight_decay(base, lora, batch):
-    step, optimizer = make_step(OptimConfig(learning_rate=0.1, weight_decay=0.5))
+    step, optimizer = make_step(OptimConfig(weight_decay=0.5))
     before, plan = copy(lora), make_plan()
     state = init_train_state(lora, optimizer)
     for _ in range(2):
-        state, _ = step(state, base, device_plan(plan), batch)
-    state, metrics = step(state, base, device_plan(plan), batch)
+        state, _ = step(state, base, device_plan(plan), batch, SCHEDULE)
+    state, metrics = step(state, base, device_plan(plan), batch, SCHEDULE)
     for module, mask in plan.masks().items():
         for side, used in (("a", mask[:, None, :]), ("b", mask[:, :, None])):
             moved = np.asarray(state.lora[module][side]) != before[module][side]
@@ -263,28 +267,29 @@ def test_a_non_finite_update_is_skipped_and_counted(bad, base, lora, batch):
     plan = device_plan(make_plan())
     good = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
     spoilt = getattr(good, bad).at[0].set(jnp.nan if bad == "advantages" else -jnp.inf)
-    state, _ = step(init_train_state(lora, optimizer), base, plan, good)
+    state, _ = step(init_train_state(lora, optimizer), base, plan, good, SCHEDULE)
     before = copy(state)
-    state, metrics = step(state, base, plan, dataclasses.replace(good, **{bad: spoilt}))
+    given = dataclasses.replace(good, **{bad: spoilt})
+    state, metrics = step(state, base, plan, given, SCHEDULE)
     assert int(state.skipped) == 1
     assert float(metrics.scalars["grpo/skipped_updates"]) == 1
     after = copy(state)
     chex.assert_trees_all_equal(
         (after.lora, after.opt_state, after.step), (before.lora, before.opt_state, before.step)
     )
-    state, metrics = step(state, base, plan, good)
+    state, metrics = step(state, base, plan, good, SCHEDULE)
     assert (int(state.step), int(state.skipped)) == (2, 1)
     chex.assert_tree_all_finite((state, metrics))
     assert not np.array_equal(state.lora["q_proj"]["b"], before.lora["q_proj"]["b"])
 
 
 def test_learning_rate_in_use_is_reported(base, lora, batch):
-    config = OptimConfig(learning_rate=1e-2, schedule="linear", warmup_steps=2)
+    config = OptimConfig(schedule="linear", warmup_steps=2)
     step, optimizer = make_step(config)
     state = init_train_state(lora, optimizer)
     for update in range(4):
-        state, metrics = step(state, base, device_plan(make_plan()), batch)
-        expected = learning_rate_at(config, 10, update)
+        state, metrics = step(state, base, device_plan(make_plan()), batch, SCHEDULE)
+        expected = learning_rate_at(config, SCHEDULE, update)
         np.testing.assert_allclose(metrics.scalars["learning_rate"], expected, rtol=1e-6)
 
 
@@ -316,11 +321,11 @@ def test_eight_devices_are_one_and_keep_the_state_in_place(base, lora):
         plan, rows = replicate(mesh, plan), shard_batch(mesh, batch)
         state = init_train_state(lora, optimizer)
         before = jax.tree.map(lambda leaf: leaf.sharding, state)
-        state, metrics = step(state, base, plan, rows)
+        state, metrics = step(state, base, plan, rows, SCHEDULE)
         chex.assert_trees_all_close(metrics, expected, rtol=1e-4, atol=1e-6)
         chex.assert_trees_all_close(state.lora, expected_state.lora, atol=1e-4)
         with compilations() as compiled:
-            state, _ = step(state, base, plan, rows)
+            state, _ = step(state, base, plan, rows, SCHEDULE)
         assert not compiled
         stayed = jax.tree.map(
             lambda leaf, was: leaf.sharding.is_equivalent_to(was, leaf.ndim), state, before
@@ -332,7 +337,7 @@ ARMS_OPTIM = OptimConfig(learning_rate=1.0, max_grad_norm=0.1)
 
 
 def four_arms(lora, batch):
-    """State, plan, batch and learning rate of each: two plans, one of them with layers of rank 0,
+    """State, plan, batch and schedule of each: two plans, one of them with layers of rank 0,
     another learning rate, other rows, and one whose update is not finite."""
     plans = [make_plan(), make_plan((0, 3), (3, 3)), make_plan(), make_plan()]
     broken = dataclasses.replace(batch, advantages=batch.advantages.at[0].set(np.nan))
@@ -344,8 +349,8 @@ def four_arms(lora, batch):
         start = jax.tree.map(lambda x: jnp.array(x) * (1 + 0.1 * number), lora)
         return init_train_state(start, optimizer)
 
-    rates = tuple(map(jnp.float32, (1.0, 1.0, 0.3, 1.0)))
-    return tuple(map(fresh, range(4))), tuple(map(device_plan, plans)), tuple(batches), rates
+    schedules = tuple(Schedule(jnp.float32(rate), jnp.float32(10)) for rate in (1.0, 1.0, 0.3, 1.0))
+    return tuple(map(fresh, range(4))), tuple(map(device_plan, plans)), tuple(batches), schedules
 
 
 def test_arms_in_one_step_are_updated_as_if_each_were_alone(base, lora, batch):
@@ -380,13 +385,14 @@ def test_rows_split_over_devices_are_those_of_one_device(changes, two, base, lor
     rows, plan = make_batch(**options), device_plan(make_plan())
     assert rows.packing.count > 1
     one, optimizer = make_step(**changes)
-    expected = one(init_train_state(jax.tree.map(jnp.array, lora), optimizer), base, plan, rows)
+    start = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
+    expected = one(start, base, plan, rows, SCHEDULE)
     step, _ = make_step(device=device_of(two), **changes)
     with jax.set_mesh(two):
         fresh = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
-        fresh, base, plan = replicate(two, (fresh, base, plan))
-        compiled = step.lower(fresh, base, plan, shard_batch(two, rows)).compile()
-        found = compiled(fresh, base, plan, shard_batch(two, rows))
+        given = (*replicate(two, (fresh, base, plan)), shard_batch(two, rows), SCHEDULE)
+        compiled = step.lower(*given).compile()
+        found = compiled(*given)
     # The two differ in the order of their sums alone, and Adam divides by the gradient's size.
     chex.assert_trees_all_close(found[1], expected[1], rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(found[0].lora, expected[0].lora, atol=1e-4)
@@ -431,13 +437,28 @@ def test_log_probs_of_arms_spread_over_devices_are_those_of_one_device(
     assert any(np.abs(x).sum() > 0 for x in found[1])
 
 
-def test_another_learning_rate_in_the_step_is_the_one_of_an_optimizer(base, lora, batch):
-    plan, states = device_plan(make_plan()), []
-    for peak, factor in ((3e-3, None), (1.0, jnp.float32(3e-3))):
-        optim = OptimConfig(learning_rate=peak, weight_decay=0.1, schedule="cosine")
-        step, optimizer = make_step(optim)
+@pytest.mark.parametrize("form", ["linear", "cosine", "constant"])
+def test_the_schedule_of_the_step_is_the_one_of_an_optimizer(base, lora, batch, form):
+    """Against optax's AdamW with the same schedule built in: 1e-5 of each value."""
+    optim = OptimConfig(weight_decay=0.1, schedule=form, warmup_steps=1)
+    built_in = optax.chain(
+        optax.clip_by_global_norm(optim.max_grad_norm),
+        optax.adamw(
+            lambda count: learning_rate_at(optim, SCHEDULE, count),
+            b1=optim.b1,
+            b2=optim.b2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        ),
+    )
+    settings = StepSettings(GrpoConfig(logprob_chunk_tokens=16), TEMPERATURE, WIDTH, "none")
+    plan, found = device_plan(make_plan()), []
+    for step, optimizer in (
+        make_step(optim),
+        (make_train_step(MODEL, settings, built_in), built_in),
+    ):
         state = init_train_state(jax.tree.map(jnp.array, lora), optimizer)
-        for _ in range(2):
-            state, found = step(state, base, plan, batch, factor)
-        states.append((state.lora, found.scalars))
-    chex.assert_trees_all_close(*states, rtol=1e-5, atol=1e-7)
+        for _ in range(3):
+            state, _ = step(state, base, plan, batch, SCHEDULE)
+        found.append(state.lora)
+    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-7)

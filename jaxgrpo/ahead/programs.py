@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgrpo.ahead.shapes import full_bins, row_slots
 from jaxgrpo.config import Config
 from jaxgrpo.devices import Device
-from jaxgrpo.grpo.optimizer import make_optimizer
+from jaxgrpo.grpo.optimizer import Schedule, make_optimizer
 from jaxgrpo.grpo.step import StepSettings, init_train_state, make_train_step
 from jaxgrpo.mesh import sharding
 from jaxgrpo.model.api import (
@@ -148,7 +148,7 @@ class Lowered:
     ) -> None:
         """`remat` is resolved already: devices that are not there do not tell their memory."""
         self._options: Any = QUICK_OPTIONS if quick else None
-        optimizer = make_optimizer(config.optim, config.steps * config.grpo.num_iterations)
+        optimizer = make_optimizer(config.optim)
         self._config, self._model, self._mesh, self._arms = config, model, mesh, arms
         self.arguments = describe_arguments(config, model, plan, mesh, optimizer, arms)
         self.sampler: Tree | None = None
@@ -188,9 +188,10 @@ class Lowered:
 
     def _train(self) -> Any:
         a = self.arguments
-        state, plan, batch = map(self.of_arms, (a.state, a.plan, a.batch))
-        rate = self.of_arms(None if self._arms == 1 else jax.ShapeDtypeStruct((), jnp.float32))
-        return self._train_step.lower(state, a.base, plan, batch, rate).compile(self._options)
+        scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+        of_one = (a.state, a.plan, a.batch, Schedule(scalar, scalar))
+        state, *others = map(self.of_arms, of_one)
+        return self._train_step.lower(state, a.base, *others).compile(self._options)
 
     def shared_bytes(self) -> int:
         """What of the sampler's weights is training's own copy: tables in the same layout."""

@@ -26,7 +26,7 @@ from jaxgrpo.bench.settings import SIGMA, BenchConfig
 from jaxgrpo.config import EMBEDDED, check_choice
 from jaxgrpo.devices import Device, device_of, peak_memory
 from jaxgrpo.grpo.logprobs import make_logprobs
-from jaxgrpo.grpo.optimizer import make_optimizer
+from jaxgrpo.grpo.optimizer import Schedule, make_optimizer
 from jaxgrpo.grpo.step import (
     StepSettings,
     TrainStep,
@@ -128,7 +128,7 @@ class Bench:
         plan = make_rank_plan(config.lora, model.num_layers)
         self.plan = replicate(self.mesh, device_plan(plan))
         self.lora = place_lora(self.mesh, init_lora(model, plan, jax.random.key(1)))
-        self.optimizer = make_optimizer(config.optim, 1000)
+        self.optimizer = make_optimizer(config.optim)
         # No row ends by itself: the stop token is one that does not exist.
         self.generate = make_generate(
             model, config.rollout, StopRules((model.vocab_size,)), config.grpo.group_size
@@ -226,9 +226,10 @@ class Bench:
             settings = replace(settings, weight_grad_norms=weight_grad_norms)
         train_step: TrainStep = make_train_step(self.model, settings, self.optimizer)
         state = [init_train_state(jax.tree.map(jnp.array, self.lora), self.optimizer)]
+        schedule = Schedule.of(self.config)
 
         def step(batch: TrainBatch) -> Any:
-            state[0], report = train_step(state[0], self.base, self.plan, batch)
+            state[0], report = train_step(state[0], self.base, self.plan, batch, schedule)
             return report
 
         return step, state

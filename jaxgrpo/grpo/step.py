@@ -22,7 +22,7 @@ from jaxgrpo.config import Config, GrpoConfig, Objective
 from jaxgrpo.grpo.layer_grad_norms import layer_grad_norms
 from jaxgrpo.grpo.logprobs import check_temperature
 from jaxgrpo.grpo.loss import loss_metrics, token_losses, token_weights
-from jaxgrpo.grpo.optimizer import learning_rate_in
+from jaxgrpo.grpo.optimizer import Schedule, learning_rate_in
 from jaxgrpo.grpo.sensitivity import init_sensitivity, update_sensitivity
 from jaxgrpo.mesh import constrain, on_own_arms, over_row_shards
 from jaxgrpo.model.api import (
@@ -103,19 +103,19 @@ def init_train_state(
 
 
 Update = Callable[..., tuple[TrainState, StepMetrics]]
-"""(base, state, plan, batch, learning rate or None) -> what one arm's update leaves."""
+"""(base, state, plan, batch, schedule) -> what one arm's update leaves."""
 
 
 def make_train_step(
     model_config: QwenConfig, settings: StepSettings, optimizer: optax.GradientTransformation
 ) -> TrainStep:
-    """Jits (state, base, plan, batch, learning_rate = none) -> (state, metrics); the old state's
-    buffers are reused.
+    """Jits (state, base, plan, batch, schedule) -> (state, metrics); the old state's buffers are
+    reused.
 
-    The plan is an argument, so another plan of the same max_rank runs in the same program. An
-    update whose loss or gradient is not finite leaves everything as it was and counts in
-    `skipped`. The padding of the adapters (ranks off the plan) never moves, weight decay included.
-    A `learning_rate` multiplies the optimizer's own.
+    Plan and schedule are arguments: another plan of the same max_rank, another learning rate and
+    another number of steps run in the same program. An update whose loss or gradient is not finite
+    leaves everything as it was and counts in `skipped`. The padding of the adapters (ranks off the
+    plan) never moves, weight decay included.
 
     In tuples, all of them but the base are those of several arms, each of which is updated as if
     it were alone: on a device of its own where they are spread over the mesh (`on_own_arms`).
@@ -123,20 +123,18 @@ def make_train_step(
     check_temperature(settings.temperature)
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=model_config.device.options)
-    def train_step(
-        state: Any, base: Tree, plan: Any, batch: Any, learning_rate: Any = None
-    ) -> tuple[Any, Any]:
+    def train_step(state: Any, base: Tree, plan: Any, batch: Any, schedule: Any) -> tuple[Any, Any]:
         arms = len(state) if isinstance(state, tuple) else 1
         update = make_update(model_config.of_arms(arms), settings, optimizer)
         if not isinstance(state, tuple):
-            return update(base, state, plan, batch, learning_rate)
+            return update(base, state, plan, batch, schedule)
 
         def update_all(base: Tree, stacked: tuple) -> tuple[TrainState, StepMetrics]:
             # One after the other: the rows of one fill the device.
             return jax.lax.map(lambda arm: update(base, *arm), stacked)
 
         run = on_own_arms(update_all, model_config.device)
-        states, metrics = run(base, (state, plan, batch, learning_rate))
+        states, metrics = run(base, (state, plan, batch, schedule))
         return tuple(map(_place_state, unstack_arms(states, arms))), metrics
 
     return train_step
@@ -147,21 +145,21 @@ def make_update(
 ) -> Update:
     """One arm's update, not compiled; see `make_train_step`."""
     gradients = make_gradients(model_config, settings)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def update(
         base: Tree,
         state: TrainState,
         plan: LoraPlan,
         batch: TrainBatch,
-        learning_rate: Float[Array, ""] | None,
+        schedule: Schedule,
     ) -> tuple[TrainState, StepMetrics]:
         adapters = Adapters(state.lora, plan)
         loss, grads, kernel_grads, logprobs, entropy = gradients(base, adapters, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
-        factor = 1.0 if learning_rate is None else learning_rate
-        updates = jax.tree.map(lambda x: x * factor, mask_padding(cast(Tree, updates), plan))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, schedule=schedule)
+        updates = mask_padding(cast(Tree, updates), plan)
         moved = TrainState(
             lora=cast(Tree, optax.apply_updates(state.lora, updates)),
             opt_state=opt_state,
@@ -182,7 +180,7 @@ def make_update(
         scalars["grpo/skipped_updates"] = after.skipped.astype(jnp.float32)
         own_rate = learning_rate_in(opt_state)
         if own_rate is not None:
-            scalars["learning_rate"] = own_rate * factor
+            scalars["learning_rate"] = own_rate
         norms = layer_grad_norms(grads, plan, kernel_grads)
         return after, StepMetrics(scalars=scalars, layer_grad_norms=norms)
 

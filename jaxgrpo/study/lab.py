@@ -71,14 +71,12 @@ class Lab:
         return self.described
 
     def programs(self, session: Session, arms: int = 1) -> Programs:
-        """Compiled programs for a session's configuration; plans, seeds and rules share them, and
-        learning rates those of several arms."""
-        config, optim = session.config, session.config.optim
+        """Compiled programs for a session's configuration; plans, seeds, rules, learning
+        rates and numbers of steps share them."""
+        config = session.config
         arms = session.model_config.device.arm_slots(arms)
-        length = None if optim.schedule == "constant" else config.steps
-        if arms > 1:
-            optim = dataclasses.replace(optim, learning_rate=1.0)
-        key = (config.objective, config.weight_grad_norms, optim, length, arms)
+        optim = dataclasses.replace(config.optim, learning_rate=1.0)
+        key = (config.objective, config.weight_grad_norms, optim, arms)
         if key not in self._programs:
             made, known = make_programs(session, arms), list(self._programs.values())
             if known:

@@ -343,12 +343,12 @@ def poisoned(lab, steps):
     """Programs whose batches hold a NaN in those updates (from 0)."""
     seen = []
 
-    def train_step(state, base, plan, batch):
+    def train_step(state, base, plan, batch, schedule):
         if len(seen) in steps:
             advantages = batch.advantages * np.float32("nan")
             batch = dataclasses.replace(batch, advantages=advantages)
         seen.append(batch)
-        return lab.programs.train_step(state, base, plan, batch)
+        return lab.programs.train_step(state, base, plan, batch, schedule)
 
     return dataclasses.replace(lab.programs, train_step=train_step)
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaxgrpo.config import OptimConfig
-from jaxgrpo.grpo.optimizer import make_optimizer
+from jaxgrpo.grpo.optimizer import Schedule, make_optimizer
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.study.dynamic import (
@@ -46,7 +46,7 @@ def make_state(plan, seed=0, track_sensitivity=False):
         m: {"a": draw((LAYERS, i, WIDTH)), "b": draw((LAYERS, WIDTH, o))}
         for m, (i, o) in SHAPES.items()
     }
-    state = init_train_state(lora, make_optimizer(OptimConfig(), 10), track_sensitivity)
+    state = init_train_state(lora, make_optimizer(OptimConfig()), track_sensitivity)
 
     def fill(leaf):
         return jnp.abs(draw(leaf.shape)) if jnp.ndim(leaf) == 3 else leaf
@@ -148,7 +148,8 @@ def test_a_newborn_rank_takes_no_larger_steps_than_an_old_one(steps):
     4.1 times an old one's after 20, 100 and 500 steps, because the bias correction goes on."""
     old, new = make_plan([2, 1, 2], [2, 2, 0]), make_plan([4, 3, 2], [3, 2, 2])
     state = make_state(old)
-    optimizer = make_optimizer(OptimConfig(weight_decay=0.0, max_grad_norm=0.0), 10**6)
+    optimizer = make_optimizer(OptimConfig(weight_decay=0.0, max_grad_norm=0.0))
+    schedule = Schedule(jnp.float32(1e-5), jnp.float32(10**6))
     rng = np.random.default_rng(0)
     # Of one size along the ranks of an adapter, of its own for every feature.
     steady = {
@@ -168,7 +169,7 @@ def test_a_newborn_rank_takes_no_larger_steps_than_an_old_one(steps):
 
     @jax.jit
     def step(opt_state, grads):
-        return optimizer.update(grads, opt_state, state.lora)
+        return optimizer.update(grads, opt_state, state.lora, schedule=schedule)
 
     opt_state, before = optimizer.init(state.lora), masked(old)
     for _ in range(steps):
