@@ -12,6 +12,9 @@ _ORDER = {module: place for place, module in enumerate(MODULES)}
 MAX_DECADES = 4
 """What lies further below the largest is shown as the least: a zero would take the whole scale."""
 
+LEFT, RIGHT, BOTTOM, TOP = 1.0, 0.9, 0.55, 0.4
+"""For the names of the matrices, the colour scale, the layers and the title."""
+
 
 def heat_map(norms: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> np.ndarray:
     """Norms, module -> matrix -> [L], as an RGB picture, uint8 [height, width, 3].
@@ -28,11 +31,15 @@ def heat_map(norms: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> 
     values = np.array([np.asarray(norms[module][side], float) for module, side in rows])
     values[~(np.isfinite(values) & (values > 0))] = np.nan
     layers = values.shape[1]
-    figure = Figure(
-        figsize=(1.8 + max(0.2 * layers, 2.4), 1.2 + 0.2 * len(rows)), layout="constrained"
-    )
+    # Margins in inches: a layout that measures every label takes longer than the drawing.
+    wide, high = max(0.2 * layers, 2.4), max(0.2 * len(rows), 0.6)
+    width, height = LEFT + wide + RIGHT, BOTTOM + high + TOP
+    figure = Figure(figsize=(width, height))
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes, bar = (
+        figure.add_axes((left / width, BOTTOM / height, across / width, high / height))
+        for left, across in ((LEFT, wide), (LEFT + wide + 0.12, 0.12))
+    )
     known = values[np.isfinite(values)]
     most = known.max() if len(known) else 1.0
     least = max(known.min(initial=most), most / 10**MAX_DECADES)
@@ -43,6 +50,6 @@ def heat_map(norms: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> 
     axes.set_yticks(range(len(rows)), [f"{module} {side}" for module, side in rows], fontsize=8)
     step = max(1, layers // 14)
     axes.set_xticks(range(0, layers, step), [str(x) for x in range(0, layers, step)], fontsize=8)
-    figure.colorbar(image, ax=axes, pad=0.02).ax.tick_params(labelsize=8)
+    figure.colorbar(image, cax=bar).ax.tick_params(labelsize=8)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
