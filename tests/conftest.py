@@ -40,6 +40,8 @@ if os.environ["JAXGRPO_TEST_PROGRAMS"]:
 import jax
 import pytest
 
+from tests.devices import few_devices
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -54,10 +56,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def one_device():
-    """For tests of what a run does, whatever devices share it: eight virtual ones on two cores take
-    longer than one, to compile and to run."""
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: first)
-        patch.setattr(jax, "device_count", lambda *_: 1)
+    """For tests of what a run does, whatever devices share it."""
+    with few_devices(1):
         yield

@@ -15,11 +15,12 @@ from jaxgrpo.evaluate import EvalPlace
 from jaxgrpo.evaluate_run import run_eval
 from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.iteration import ArmStep, run_step, run_steps
-from jaxgrpo.mesh import make_mesh, to_host
+from jaxgrpo.mesh import to_host
 from jaxgrpo.programs import make_programs
 from jaxgrpo.run import EMBEDDED_CONFIG
 from jaxgrpo.session import describe_session
 from tests.compiled import compilations
+from tests.devices import few_devices
 
 SMALL = ["grpo.prompts_per_step=8", "grpo.group_size=2", "lora.rank=2", "eval.problems=8"]
 SMALL += ["rollout.max_completion_tokens=8", "eval.batch_prompts=8"]
@@ -36,13 +37,10 @@ class OnlyLowered:
         raise AssertionError("called with other arguments than it was compiled for")
 
 
-def describe(monkeypatch, mesh, *words):
+def describe(mesh, *words):
     config = load_config([EMBEDDED_CONFIG], [*SMALL, *mesh, *words])
-    devices = 2 ** len(mesh)
-    monkeypatch.setattr(
-        "jaxgrpo.session.make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices])
-    )
-    return describe_session(config)
+    with few_devices(2 ** len(mesh)):
+        return describe_session(config)
 
 
 def only_lowered(programs):
@@ -54,8 +52,8 @@ def only_lowered(programs):
 
 
 @pytest.mark.parametrize("mesh", [[], SPLIT], ids=["one device", "2 x 2 x 2"])
-def test_a_run_calls_what_was_compiled_before_its_weights_were_there(monkeypatch, tmp_path, mesh):
-    session = describe(monkeypatch, mesh)
+def test_a_run_calls_what_was_compiled_before_its_weights_were_there(tmp_path, mesh):
+    session = describe(mesh)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(session.base))
     with jax.set_mesh(session.mesh):
         programs = make_programs(session)
@@ -82,9 +80,9 @@ def test_a_run_calls_what_was_compiled_before_its_weights_were_there(monkeypatch
 @pytest.mark.parametrize(
     "mesh", [[], ["mesh.data=2"], SPLIT], ids=["one device", "an arm or two on each", "2 x 2 x 2"]
 )
-def test_several_arms_too(monkeypatch, tmp_path, mesh):
+def test_several_arms_too(tmp_path, mesh):
     """Also with a slot that is free, and with the evaluation of one arm."""
-    session = describe(monkeypatch, mesh)
+    session = describe(mesh)
     place = EvalPlace(tmp_path, "fresh", 0)
     with jax.set_mesh(session.mesh):
         programs = make_programs(session, 3)
@@ -115,8 +113,8 @@ def test_several_arms_too(monkeypatch, tmp_path, mesh):
         assert not compiled
 
 
-def test_supervised_steps_too(monkeypatch):
-    session = describe(monkeypatch, [], "objective=sft")
+def test_supervised_steps_too():
+    session = describe([], "objective=sft")
     with jax.set_mesh(session.mesh):
         programs = make_programs(session)
         ahead = compile_ahead(session, only_lowered(programs), evaluates=False)
@@ -125,8 +123,8 @@ def test_supervised_steps_too(monkeypatch):
     assert np.isfinite(result.metrics["loss"])
 
 
-def test_other_arguments_are_compiled_when_they_come(monkeypatch):
-    session = describe(monkeypatch, [])
+def test_other_arguments_are_compiled_when_they_come():
+    session = describe([])
     with jax.set_mesh(session.mesh):
         programs = make_programs(session)
         ahead = compile_ahead(session, programs, evaluates=False)

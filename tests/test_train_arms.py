@@ -16,7 +16,6 @@ from jaxgrpo.checkpoint import read_adapter
 from jaxgrpo.config import ConfigError
 from jaxgrpo.config_files import load_config
 from jaxgrpo.loop import TrainResult
-from jaxgrpo.mesh import make_mesh
 from jaxgrpo.programs import make_programs
 from jaxgrpo.records.run_directory import RunDirectory, read_jsonl
 from jaxgrpo.run import EMBEDDED_CONFIG
@@ -24,6 +23,7 @@ from jaxgrpo.session import open_session
 from jaxgrpo.tasks.rewards import gsm8k_answer_reward
 from jaxgrpo.train import train_arms, train_session
 from tests.compiled import compilations
+from tests.devices import few_devices
 
 SETTINGS = ["grpo.prompts_per_step=4", "grpo.group_size=4", "rollout.max_completion_tokens=16"]
 SETTINGS += ["lora.rank=3", "lora.alpha=6", "steps=3", "eval.problems=8", "eval.batch_prompts=8"]
@@ -47,10 +47,7 @@ class Lab:
     def __init__(self, plans, *words, devices=1):
         given = [*SETTINGS, "run_dir=unused", "lora.max_rank=6", *words]
         config = load_config([EMBEDDED_CONFIG], given)
-        with pytest.MonkeyPatch.context() as patch:  # one device compiles in half the time
-            patch.setattr(
-                "jaxgrpo.session.make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices])
-            )
+        with few_devices(devices):
             session = open_session(config)
         self.plans, self.at = plans, {}
         self.session = dataclasses.replace(session, rewards={"gsm8k_answer": self.reward})

@@ -21,13 +21,13 @@ from safetensors import safe_open
 from jaxgrpo.commands.training import EXIT_INTERRUPTED
 from jaxgrpo.config_files import load_config
 from jaxgrpo.divergence import MAX_BAD_STEPS, MAX_BATCHES
-from jaxgrpo.mesh import make_mesh
 from jaxgrpo.programs import make_programs
 from jaxgrpo.records.run_directory import RunDirectory, read_jsonl
 from jaxgrpo.run import EMBEDDED_CONFIG, EXIT_ERROR, EXIT_USAGE, guarded, main
 from jaxgrpo.session import open_session
 from jaxgrpo.tasks.rewards import gsm8k_answer_reward
 from jaxgrpo.train import stop_requested, train_session
+from tests.devices import few_devices
 
 SETTINGS = [
     "grpo.prompts_per_step=8",
@@ -57,10 +57,7 @@ class Lab:
     def __init__(self):
         config = load_config([EMBEDDED_CONFIG], [*SETTINGS, "run_dir=unused"])
         self.at, self.calls = {}, 0
-        with pytest.MonkeyPatch.context() as patch:  # one device compiles in half the time
-            patch.setattr(
-                "jaxgrpo.session.make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1])
-            )
+        with few_devices(1):
             session = open_session(config)
         self.session = dataclasses.replace(session, rewards={"gsm8k_answer": self.reward})
         self.programs = make_programs(session)
