@@ -287,32 +287,34 @@ def test_tokens_are_those_of_tokenizer_json_and_no_false_alarm_is_heard(which, t
     assert capfd.readouterr().err == ""
 
 
+def run_quietly(*lines):
+    """A program in a process of its own, which ends well and says nothing."""
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_no_word_is_lost_on_torch_where_it_is_not_installed():
     """In a process of its own in which torch cannot be found."""
-    program = (
-        "import importlib.util as u; find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
-        "from jaxgrpo.model.weights import EMBEDDED_DIR\n"
-        "from jaxgrpo.tasks.texts import load_tokenizer\n"
-        "load_tokenizer(EMBEDDED_DIR)\n"
-        "import transformers.utils as t; assert not t.is_torch_available()\n"
+    run_quietly(
+        "import importlib.util as u; find = u.find_spec",
+        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)",
+        "from jaxgrpo.model.weights import EMBEDDED_DIR",
+        "from jaxgrpo.tasks.texts import load_tokenizer",
+        "load_tokenizer(EMBEDDED_DIR)",
+        "import transformers.utils as t; assert not t.is_torch_available()",
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_start_does_not_wait_for_torch():
     """What a run needs imports none of it, where it is installed; a reward may still."""
-    program = (
-        "import sys, jaxgrpo.run, jaxgrpo.train\n"
-        "from jaxgrpo.model.weights import EMBEDDED_DIR\n"
-        "from jaxgrpo.tasks.texts import load_tokenizer\n"
-        "load_tokenizer(EMBEDDED_DIR)\n"
-        "assert 'tensorboardX' in sys.modules and 'torch' not in sys.modules\n"
-        "import torch\n"
+    run_quietly(
+        "import sys, jaxgrpo.run, jaxgrpo.train",
+        "from jaxgrpo.model.weights import EMBEDDED_DIR",
+        "from jaxgrpo.tasks.texts import load_tokenizer",
+        "load_tokenizer(EMBEDDED_DIR)",
+        "assert 'tensorboardX' in sys.modules and 'torch' not in sys.modules",
+        "import torch",
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_truncation_and_padding_that_were_saved_with_a_tokenizer_do_nothing(tokenizer, tmp_path):
