@@ -52,6 +52,20 @@ def test_the_kernel_lowers_for_cuda():
     assert "mosaic_gpu" in lowered.as_text()
 
 
+def test_a_program_with_the_kernel_is_the_same_whatever_was_lowered_before():
+    """Or it is another one to the programs that are kept on disk."""
+    x = jax.ShapeDtypeStruct((gated_product.ROWS, 128), jnp.bfloat16)
+    tiles = jax.ShapeDtypeStruct((2, 2, 32, 128), jnp.bfloat16)
+
+    def lowered() -> str:
+        # A jit of its own each time, as another program's: jax knows the first one's text.
+        traced = jax.jit(lambda *given: gated_product.gated_product(*given)).trace(x, tiles)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "mosaic_gpu" in lowered()
+    assert lowered() == lowered()
+
+
 @pytest.mark.parametrize("modules", [(), ("gate_proj", "down_proj"), MODULES])
 def test_the_sampler_computes_the_same_with_tiles(modules):
     """In float32, adapters included; the padding is 0 and the next projection passes over it."""

@@ -21,6 +21,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import dialect
+from jaxlib.mlir import ir
 from jaxtyping import Array, Float
 
 from jaxgrpo.model.presets import QwenConfig
@@ -36,6 +38,27 @@ STEP = 64
 
 _STAGES, _STORED = 4, 64
 """Stages; rows that a warpgroup writes at a time."""
+
+
+_DUMP_NAME = "mosaic_gpu.dump_basename"
+
+
+def _leave_counts_out(name_dumps: Any) -> Any:
+    """jaxlib's function that names a kernel's dumps, without its count of the kernels that this
+    process lowered before. It stands in the kernel, and so in the key of programs kept on disk: a
+    program was compiled anew whenever another with a kernel had been lowered first."""
+
+    def name_alike(module: Any) -> Any:
+        attributes = module.operation.attributes
+        if _DUMP_NAME not in attributes:
+            attributes[_DUMP_NAME] = ir.StringAttr.get("kernel", context=module.context)
+        return name_dumps(module)
+
+    return name_alike
+
+
+if hasattr(dialect, "get_or_set_dump_options"):  # not before jaxlib 0.11.1
+    dialect.get_or_set_dump_options = _leave_counts_out(dialect.get_or_set_dump_options)
 
 
 def use_tiles(config: QwenConfig) -> bool:
