@@ -57,16 +57,19 @@ def claims(results: dict[str, Any]) -> str:
     view = profile["views"]["l2"]
     ratio, top = view["max_min"], view["top_share"]
     over = f"{seeds} seeds, {profile['steps']} steps"
+    theirs = PAPER["proportional"] - PAPER["uniform"]
+    outside = not primary["low"] <= theirs <= primary["high"]
+    blocks = len(primary["per_seed"])
     rows = [
         (
             "Proportional ranks lose to uniform ones under GRPO",
-            f"{PAPER['proportional']:.1%} against {PAPER['uniform']:.1%}: -4.5 points (200 "
-            "problems, 1 seed)",
+            f"{PAPER['proportional']:.1%} against {PAPER['uniform']:.1%}: {100 * theirs:+.1f} points "
+            "(200 problems, 1 seed)",
             f"{100 * primary['difference']:+.1f} points ({_at_its_level(primary)}; "
-            f"{len(primary['per_seed'])} seeds, {results['arms'][0]['n_items']:,} problems, "
+            f"{blocks} seeds, {results['arms'][0]['n_items']:,} problems, "
             "`constant`)",
-            primary["verdict"],
-            "blocks 4 to 8 of this study",
+            primary["verdict"] + f", but {100 * theirs:+.1f} lies outside the interval" * outside,
+            f"blocks {blocks + 1} to {results['design']['looks'][-1]['blocks']} of this study",
         ),
         (
             "Random and reduced ranks lose more",
