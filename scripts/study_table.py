@@ -63,8 +63,8 @@ def claims(results: dict[str, Any]) -> str:
     rows = [
         (
             "Proportional ranks lose to uniform ones under GRPO",
-            f"{PAPER['proportional']:.1%} against {PAPER['uniform']:.1%}: {100 * theirs:+.1f} points "
-            "(200 problems, 1 seed)",
+            f"{PAPER['proportional']:.1%} against {PAPER['uniform']:.1%}: "
+            f"{100 * theirs:+.1f} points (200 problems, 1 seed)",
             f"{100 * primary['difference']:+.1f} points ({_at_its_level(primary)}; "
             f"{blocks} seeds, {results['arms'][0]['n_items']:,} problems, "
             "`constant`)",

@@ -7,12 +7,12 @@ on and a finished one only rebuilds its report, without jax.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
-from jaxgrpo.config import ConfigError, check_choice
+from jaxgrpo.config import Config, ConfigError, check_choice
 from jaxgrpo.config_files import dump_config
 from jaxgrpo.records.run_directory import (
     DivergedError,
@@ -38,6 +38,7 @@ from jaxgrpo.study.results import collect_results
 from jaxgrpo.study.runs import (
     Round,
     alike_arms,
+    alike_runs,
     arm_configs,
     check_same_study,
     cut_config,
@@ -120,7 +121,9 @@ class Runner:
         study, only = RunDirectory(self.files.root), self.config.study.only
         arms = list_arms(self.config)
         names = {x for a in arms for x in (a.name, a.group, f"s{a.seed}")}
-        names |= {"prepare", "probes", "report"}
+        probe = self.config.study.probe
+        draws = {f"probe{draw + 1}": draw for draw in range(probe.runs if probe.scale_rules else 0)}
+        names |= {"prepare", "probes", "report", *draws}
         for name in only:
             check_choice(name, sorted(names), "study.only")
         if "report" in only and self.config.study.design is None:
@@ -139,8 +142,8 @@ class Runner:
         wanted = [i for i, a in enumerate(arms) if {a.name, a.group, f"s{a.seed}"} & set(only)]
         missing = [arms[i] for i in wanted if has_plan_file(arms[i])]
         plans = [plan_name(self.config, arm) for arm in missing]
-        if "probes" in only:
-            plans += [f"probe-{draw}" for draw in range(self.config.study.probe.runs)]
+        drawn = [draw for name, draw in draws.items() if {"probes", name} & set(only)]
+        plans += [f"probe-{draw}" for draw in drawn]
         missing = [name for name in plans if not self.files.plan(name).is_file()]
         if missing or (set(only) != {"prepare"} and not study.config.is_file()):
             raise ConfigError(
@@ -148,8 +151,7 @@ class Runner:
             )
         if wanted and self.config.study.design is not None:
             write_design(self.config)
-        if "probes" in only:
-            self.probes()
+        self.probes(drawn)
         for number in wanted:
             self._check_open(arms[number])
         self.train(wanted)
@@ -214,14 +216,27 @@ class Runner:
             width = max(self.config.width(rank) for rank in self.config.mean_ranks)
             atomic_write_json(path, calibrate(self.lab, batches, width, objective))
 
-    def probes(self) -> None:
+    def probes(self, draws: Sequence[int] | None = None) -> None:
+        """The runs of these draws, by default of all: side by side where they can be."""
         probe = self.config.study.probe
-        for draw in range(probe.runs if probe.scale_rules else 0):
-            for rule in (None, *probe.scale_rules):
+        found: dict[str, Config] = {}
+        for draw in range(probe.runs) if draws is None else draws:
+            for rule in (None, *probe.scale_rules) if probe.scale_rules else ():
                 config = probe_config(self.config, rule, draw)
                 if not is_done(config):
                     what = "uniform ranks" if rule is None else f"drawn ranks, {rule}"
-                    self.lab.run(f"probe {draw + 1} of {probe.runs}: {what}", config)
+                    found[f"probe {draw + 1} of {probe.runs}: {what}"] = config
+        titles, configs = list(found), list(found.values())
+        for alike in alike_runs(configs):
+            most = self._together(configs[alike[0]], len(alike))
+            for numbers, slots in split_rounds(alike, most):
+                names = [titles[n] for n in numbers]
+                if len(names) == 1:
+                    self.lab.run(names[0], configs[numbers[0]])
+                    continue
+                title = f"{len(names)} side by side: {'; '.join(names)}"
+                results = self.lab.run_arms(title, [configs[n] for n in numbers], slots)
+                raise_first(dict(zip(names, results, strict=True)))
 
     def arms(self) -> None:
         arms = list_arms(self.config)
@@ -251,40 +266,32 @@ class Runner:
         left = [n for n in numbers if not has_ended(self.config, arms[n], configs[n])]
         found: list[Round] = []
         for alike in alike_arms(self.config, left):
-            found += split_rounds(alike, self._together(alike, places))
+            most = self._together(configs[alike[0]], -(-len(alike) // places))
+            found += split_rounds(alike, most)
         return sorted(found, key=lambda group: group.numbers[0])
 
-    def _together(self, alike: Sequence[int], places: int) -> int:
-        """How many of these arms are trained side by side at most."""
-        most = -(-len(alike) // places)
+    def _together(self, config: Config, most: int) -> int:
+        """How many runs like this one, if there are so many, are trained side by side at most."""
         if self.config.study.together or most == 1:
             return self.config.study.together or 1
-        return self.lab.together(arm_configs(self.config)[alike[0]], most)
+        return self.lab.together(config, most)
 
     def side_by_side(self, group: Round) -> None:
-        """Trains arms in the same programs; each ends as it would alone.
-
-        Raises:
-            Interrupted: stopped early; the same call goes on.
-            Exception: what the first of them that failed failed with, after the others have ended.
-        """
+        """Trains arms in the same programs; each ends as it would alone."""
         arms, configs = list_arms(self.config), arm_configs(self.config)
         names = ", ".join(arms[n].name for n in group.numbers)
         title = f"{len(group.numbers)} of {len(arms)} arms side by side: {names}"
         results = self.lab.run_arms(title, [configs[n] for n in group.numbers], group.slots)
-        failed: list[Exception] = []
+        ended: dict[str, Any] = {}
         for number, result in zip(group.numbers, results, strict=True):
             name = arms[number].name
             if isinstance(result, DivergedError) and self.config.study.design is not None:
                 self._note_diverged(arms[number], result)
-            elif isinstance(result, Exception):
-                failed.append(result)
-            elif result.interrupted:
-                failed.append(Interrupted(name))
-            elif result.after is not None:
+                continue
+            ended[name] = result
+            if not isinstance(result, Exception) and result.after is not None:
                 self._console.print(f"{name}: accuracy {result.after.describe()}", highlight=False)
-        if failed:
-            raise failed[0]
+        raise_first(ended)
 
     def _note_diverged(self, arm: Arm, error: DivergedError) -> None:
         # A design leaves no run out: this one counts as the base model.
@@ -317,3 +324,17 @@ class Runner:
                 if not is_done(config):
                     title = f"cut: {arm.name} to {share:g} of its {criterion}"
                     self.lab.cut(title, config, self.files.arm(arm), {criterion: share})
+
+
+def raise_first(ended: Mapping[str, Any]) -> None:
+    """Raises what the first failed with of runs that were trained side by side, all of which have
+    ended; name -> what `train_arms` gave of it.
+
+    Raises:
+        Interrupted: it was stopped early.
+    """
+    for name, result in ended.items():
+        if isinstance(result, Exception):
+            raise result
+        if result.interrupted:
+            raise Interrupted(name)

@@ -147,28 +147,34 @@ def stages(config: StudyConfig) -> list[list[int]]:
     ]
 
 
+def alike_runs(configs: Sequence[Config]) -> list[list[int]]:
+    """Positions of these, those that may be trained side by side in one list."""
+    found: list[list[int]] = []
+    for place, config in enumerate(configs):
+        for alike in found:
+            if share_programs(config, configs[alike[0]]):
+                alike.append(place)
+                break
+        else:
+            found.append([place])
+    return found
+
+
 def alike_arms(config: StudyConfig, numbers: Sequence[int]) -> list[list[int]]:
     """These of `list_arms`, those that may be trained side by side in one list."""
     arms, configs = list_arms(config), arm_configs(config)
-    found: list[list[int]] = []
-    for number in numbers:
-        for alike in found:
-            both = (number, alike[0])
-            if not any(arms[n].plan in DYNAMIC for n in both) and share_programs(
-                *(configs[n] for n in both)
-            ):
-                alike.append(number)
-                break
-        else:
-            found.append([number])
-    return found
+    # Ranks that move during training have programs of their own.
+    moved = [[n] for n in numbers if arms[n].plan in DYNAMIC]
+    fixed = [n for n in numbers if arms[n].plan not in DYNAMIC]
+    alike = alike_runs([configs[n] for n in fixed])
+    return [[fixed[place] for place in places] for places in alike] + moved
 
 
 class Round(NamedTuple):
     """Arms that are trained side by side, or one by itself.
 
     Attributes:
-        numbers: of `list_arms`.
+        numbers: of `list_arms`, or of other runs the positions.
         slots: how many its programs have room for.
     """
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
@@ -84,6 +85,32 @@ def test_arms_have_the_runs_that_they_would_have_alone(studies):
         assert mine[1]["time/programs_compiled"] == 0
         names = sorted(path.name for path in alone.iterdir())
         assert sorted(path.name for path in together.iterdir()) == names
+
+
+def test_probes_have_the_norms_that_they_would_have_alone(studies, tmp_path):
+    found = {}
+    # Two draws at once, each a run at its ranks and, of the second, one at uniform ranks; then the
+    # draws by name, alone.
+    for name, together, parts in (("three", 3, ["probes"]), ("one", 1, ["probe2", "probe1"])):
+        shutil.copytree(studies[0] / "profiles", tmp_path / name / "profiles")
+        words = [str(studies[0].parent / "study.yaml"), f"run_dir={tmp_path / name}"]
+        words += ["study.probe.scale_rules=[constant]", f"study.together={together}"]
+        for part in ("prepare", *parts):
+            assert main(["study", *words, f"study.only=[{part}]"]) == 0
+        runs = sorted((tmp_path / name / "probes").iterdir())
+        found[name] = {run.name: read_jsonl(run / "layer_grad_norms.jsonl") for run in runs}
+    assert list(found["one"]) == ["0-constant", "1-constant", "1-uniform"]
+    assert list(found["three"]) == list(found["one"])
+    for run, alone in found["one"].items():
+        assert len(alone) == 4
+        for mine, theirs in zip(found["three"][run], alone, strict=True):
+            assert mine.keys() == theirs.keys() and "weight" in mine
+            for view in mine.keys() - {"step"}:
+                for module, matrices in mine[view].items():
+                    for matrix, norms in matrices.items():
+                        np.testing.assert_allclose(
+                            norms, theirs[view][module][matrix], rtol=1e-4, atol=1e-7
+                        )
 
 
 def test_what_may_share_programs(tmp_path):
