@@ -7,6 +7,7 @@ directory, and a header is measured before it is parsed.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,35 @@ def read_tensor(reader: Any, name: str, path: Path) -> np.ndarray:
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         # The last four: numpy does not have every type that safetensors has (float8).
         raise ConfigError(f"tensor {name!r} in {path} is unreadable: {error!r}") from None
+
+
+_PLAIN_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What weights are stored in, by numpy's names."""
+
+
+def tensor_reader(path: Path) -> Callable[[str], np.ndarray]:
+    """What reads a file's tensors by name, from several threads at once: safetensors' own reading
+    keeps the interpreter for itself meanwhile.
+
+    Raises:
+        ConfigError: as `open_safetensors`; reading, as `read_tensor`.
+    """
+    opened = open_safetensors(path)  # which has looked at every place in the header
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+
+    def read(name: str) -> np.ndarray:
+        entry = header.get(name, {})
+        if entry.get("dtype") not in _PLAIN_TYPES:
+            return read_tensor(opened, name, path)
+        start, end = entry["data_offsets"]
+        found = np.fromfile(path, np.uint8, end - start, offset=8 + size + start)
+        if len(found) != end - start:
+            raise ConfigError(f"tensor {name!r} in {path} is unreadable: the file has become short")
+        return found.view(_PLAIN_TYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    return read
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
