@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxgrpo.stats import Interval
 from jaxgrpo.study.config import StudyConfig, StudyFiles
+from jaxgrpo.study.gradient_types import Amplification, SlopePart
 from jaxgrpo.study.norms import read_norms
-from jaxgrpo.study.result_types import Amplification, SlopePart
 from jaxgrpo.study.slopes import (
     MECHANICAL_SLOPES,
     SLOPE_MARGIN,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxgrpo.stats import Interval, tails
-from jaxgrpo.study.result_types import Range, TopShare, View
+from jaxgrpo.study.gradient_types import Range, TopShare, View
 
 
 def shares(norms: np.ndarray) -> np.ndarray:

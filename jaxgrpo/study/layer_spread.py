@@ -1,5 +1,6 @@
 """How unevenly a plan's runs spread the gradient over layers, beside the uniform runs of their
-seeds and what LoRA's algebra alone makes of these. numpy only, no jax."""
+seeds and what LoRA's algebra alone makes of these; and how unevenly uniform runs do. numpy only, no
+jax."""
 
 from __future__ import annotations
 
@@ -12,9 +13,15 @@ from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.study.amplification import PHASES, Norms, steps_of
 from jaxgrpo.study.arm_results import read_json
 from jaxgrpo.study.config import Arm, StudyFiles
-from jaxgrpo.study.importance import max_min_ratio, shares
+from jaxgrpo.study.gradient_types import Landscape, Range, Spread
+from jaxgrpo.study.importance import (
+    early_late_correlation,
+    max_min_ratio,
+    shares,
+    top_count,
+    top_share,
+)
 from jaxgrpo.study.norms import layer_norms, read_norms
-from jaxgrpo.study.result_types import Range, Spread
 from jaxgrpo.study.sections import DYNAMIC
 
 
@@ -62,14 +69,48 @@ def layer_spread(groups: Mapping[str, Sequence[Arm]], files: StudyFiles) -> list
     return found
 
 
+def landscapes(groups: Mapping[str, Sequence[Arm]], files: StudyFiles) -> list[Landscape]:
+    """Of the uniform runs that have finished, a group at a time: one objective and one rank.
+
+    Args:
+        groups: as of `layer_spread`.
+    """
+    found: list[Landscape] = []
+    for name, arms in groups.items():
+        runs = [_finished_norms(files.arm(arm)) for arm in arms if arm.plan == "uniform"]
+        by_layer = [layer_norms(dict(norms)) for norms in runs if norms is not None]
+        by_layer = [norms for norms in by_layer if norms.any()]
+        if not by_layer:
+            continue
+        ratios = [_ratios(norms) for norms in by_layer]
+        held = [top_share(shares(norms)) for norms in by_layer]
+        alike = [early_late_correlation(norms) for norms in by_layer]
+        found.append(
+            {
+                "run": name,
+                "objective": arms[0].objective,
+                "seeds": len(by_layer),
+                "steps": len(by_layer[0]),
+                "max_min": [_over_seeds(x) for x in zip(*ratios, strict=True)],
+                "top_layers": top_count(by_layer[0].shape[1], 0.3),
+                "top_share": _mean_over_seeds(held),
+                "early_late": _mean_over_seeds(alike),
+            }
+        )
+    return found
+
+
 def _finished_norms(root: Path) -> Norms | None:
     return read_norms(root, "l2") if (root / "summary.json").is_file() else None
 
 
 def _by_phase(norms: Norms) -> list[float]:
-    """Largest over smallest share by thirds of the steps, then over all; infinite where a layer has
-    no gradient."""
-    by_layer = layer_norms(dict(norms))
+    return _ratios(layer_norms(dict(norms)))
+
+
+def _ratios(by_layer: np.ndarray) -> list[float]:
+    """Largest over smallest share of norms [T, L] by thirds of the steps, then over all; infinite
+    where a layer has no gradient."""
     phases = [by_layer[steps_of(phase, len(by_layer))] for phase in (*PHASES[1:], "all")]
     return [max_min_ratio(shares(x)) if x.size and x.any() else np.nan for x in phases]
 
@@ -93,3 +134,11 @@ def _over_seeds(ratios: Sequence[float]) -> Range:
         return {"value": None, "low": None, "high": None}
     middle = float(np.exp(np.mean(np.log(ratios))))
     return {"value": middle, "low": float(min(ratios)), "high": float(max(ratios))}
+
+
+def _mean_over_seeds(values: Sequence[float | None]) -> Range:
+    """Mean and range over seeds; null where one is not defined."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return {"value": None, "low": None, "high": None}
+    return {"value": float(np.mean(known)), "low": min(known), "high": max(known)}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from jaxgrpo.config import EMBEDDED
 from jaxgrpo.study.config import StudyConfig, StudyFiles, list_arms
+from jaxgrpo.study.gradient_types import Profile
 from jaxgrpo.study.importance import max_min_ratio, shares
 from jaxgrpo.study.norms import layer_norms, read_norms
-from jaxgrpo.study.result_types import ArmResult, PaperRow, Profile
+from jaxgrpo.study.result_types import ArmResult, PaperRow
 
 # arXiv 2605.07366, as published; accuracies are of 200 test items and one seed.
 PAPER = {

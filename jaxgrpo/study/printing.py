@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from jaxgrpo.study.result_types import Contrast, CutResult, Profile, Results
+from jaxgrpo.study.gradient_types import Profile
+from jaxgrpo.study.result_types import Contrast, CutResult, Results
 
 
 def print_verdict(results: Results, console: Console) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
+from jaxgrpo.study.gradient_types import Amplification, Landscape, Profile, Range, Spread
+
 RESULTS_FORMAT = 4
 
 Verdict = Literal["better", "worse", "equivalent", "open"]
@@ -16,14 +18,6 @@ Family = Literal["primary", "second"]
 Decoding = Literal["greedy", "sampled"]
 Answer = Literal["reward", "strict", "flexible"]
 """Which rule says right: eval.reward's own, or lm-eval's strict or flexible one."""
-
-
-class Range(TypedDict):
-    """An estimate with its interval; null where a number is not finite."""
-
-    value: float | None
-    low: float | None
-    high: float | None
 
 
 class FixedModels(TypedDict):
@@ -222,82 +216,6 @@ class DesignResult(TypedDict):
     """Contrast x log learning rate, per doubling: the sensitivity analysis."""
 
 
-class SlopePart(TypedDict):
-    """One slope of ln share on ln rank."""
-
-    phase: Literal["all", "first third", "middle third", "last third"]
-    draws: Literal["all", "by layer"]
-    """by layer: those in which the modules of a layer share a rank."""
-    matrix: Literal["both", "A", "B", "W"]
-    """W: the frozen weight's own gradient, which no rank enters."""
-    slope: float
-    low: float
-    high: float
-    """95 % by inverting the randomisation test: the ranks were drawn, and are drawn again."""
-    cr1_low: float
-    cr1_high: float
-    """95 % by cluster-robust variance (CR1) over layers, t with layers - 1 df."""
-    verdict: Literal["follows", "against", "does not", "open"]
-    """follows: the slope exceeds the margin; against: it is below the margin's negative; does not:
-    its interval lies within it."""
-
-
-class Amplification(TypedDict):
-    """How an adapter's share of the gradient depends on the rank level it was given."""
-
-    scale_rule: str
-    view: str
-    predicted: float
-    slope: float
-    low: float
-    high: float
-    margin: float
-    parts: list[SlopePart]
-    words: str
-
-
-class Spread(TypedDict):
-    """Largest over smallest layer share of a plan's runs, and of the uniform runs of their seeds:
-    geometric mean and range over seeds."""
-
-    run: str
-    seeds: int
-    uniform: list[Range]
-    """By thirds of the steps, then over all of them."""
-    own: list[Range]
-    foretold: Range | None
-    """Over all steps, what ranks and scales alone make of the uniform runs; null where ranks
-    moved."""
-
-
-class TopShare(TypedDict):
-    """What the given fraction of the layers, the largest, hold together."""
-
-    fraction: float
-    layers: int
-    value: float
-    low: float
-    high: float
-
-
-class View(TypedDict):
-    share: list[float]
-    low: list[float]
-    high: list[float]
-    max_min: Range
-    top_share: TopShare
-    early_late_correlation: float | None
-    heatmap: list[list[float]]
-
-
-class Profile(TypedDict):
-    objective: str
-    steps: int
-    layers: int
-    modules: list[str]
-    views: dict[str, View]
-
-
 class PaperRow(TypedDict):
     quantity: str
     paper: str
@@ -346,5 +264,6 @@ class Results(TypedDict):
     amplification: list[Amplification]
     amplification_verdict: list[str]
     spread: list[Spread]
+    landscape: list[Landscape]
     paper: list[PaperRow]
     allocations: list[Allocation]

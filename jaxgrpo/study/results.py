@@ -22,9 +22,10 @@ from jaxgrpo.study.config import Arm, StudyConfig, StudyFiles, arm_label, list_a
 from jaxgrpo.study.design import CELLS
 from jaxgrpo.study.evals import Answers, Questions, read_answers
 from jaxgrpo.study.factorial import analyse
+from jaxgrpo.study.gradient_types import Profile, View
 from jaxgrpo.study.history import later_arms
 from jaxgrpo.study.importance import importance
-from jaxgrpo.study.layer_spread import layer_spread
+from jaxgrpo.study.layer_spread import landscapes, layer_spread
 from jaxgrpo.study.norms import layer_norms, read_norms
 from jaxgrpo.study.paper import paper_rows
 from jaxgrpo.study.result_types import (
@@ -32,11 +33,9 @@ from jaxgrpo.study.result_types import (
     Allocation,
     Base,
     DesignResult,
-    Profile,
     Residual,
     Results,
     Trend,
-    View,
 )
 from jaxgrpo.study.sections import DYNAMIC
 from jaxgrpo.study.settings import study_settings
@@ -109,6 +108,7 @@ def collect_results(config: StudyConfig) -> Results:
         "amplification": slopes,
         "amplification_verdict": amplification_verdict(slopes, probes.of_weights()),
         "spread": layer_spread(groups, files),
+        "landscape": landscapes(groups, files),
         "paper": paper_rows(config, files, arms, profiles),
         "allocations": _allocations(config, files),
     }

@@ -8,7 +8,8 @@ import pytest
 
 from jaxgrpo.rank_plan import make_rank_plan
 from jaxgrpo.study.config import StudyFiles, list_arms, scaled_lora
-from jaxgrpo.study.layer_spread import layer_spread
+from jaxgrpo.study.importance import early_late_correlation
+from jaxgrpo.study.layer_spread import landscapes, layer_spread
 from tests.study.test_results import make_config, write_arm
 
 RANKS = np.array([4, 4, 8, 8, 8, 8, 12, 12])
@@ -77,3 +78,41 @@ def test_a_layer_without_gradient_has_no_spread(tmp_path):
     (found,) = layer_spread(groups, StudyFiles(config.run_dir))
     assert found["own"][-1] == {"value": None, "low": None, "high": None}
     json.dumps(found, allow_nan=False)
+
+
+def test_the_landscape_of_uniform_runs_by_objective(tmp_path):
+    config = make_config(
+        tmp_path, plans=["uniform", "proportional"], objectives=["grpo", "sft"], seeds=[0, 1, 2]
+    )
+    files, groups = StudyFiles(config.run_dir), {}
+    for arm in list_arms(config):
+        steep = 3.0 if arm.objective == "sft" else 1.0
+        write_run(config, arm, np.linspace(1, 1 + steep * (arm.seed + 1), len(RANKS)))
+        groups.setdefault(arm.group, []).append(arm)
+    (files.arm(groups["uniform-r8-sft"][2]) / "summary.json").unlink()
+    grpo, sft = landscapes(groups, files)
+    assert (grpo["run"], grpo["objective"], grpo["seeds"]) == ("uniform-r8", "grpo", 3)
+    assert (sft["run"], sft["objective"], sft["seeds"]) == ("uniform-r8-sft", "sft", 2)
+    assert grpo["steps"] == 6 and grpo["top_layers"] == 2
+    # A's norms grow by one of B's each step, in every layer alike.
+    assert [x["value"] for x in grpo["max_min"]] == pytest.approx([24 ** (1 / 3)] * 4)
+    assert (grpo["max_min"][-1]["low"], grpo["max_min"][-1]["high"]) == pytest.approx((2, 4))
+    assert [x["value"] for x in sft["max_min"]] == pytest.approx([28**0.5] * 4)
+    sizes = [np.linspace(1, 2 + seed, len(RANKS)) for seed in range(3)]
+    held = [size[-2:].sum() / size.sum() for size in sizes]
+    assert grpo["top_share"]["value"] == pytest.approx(np.mean(held))
+    assert (grpo["top_share"]["low"], grpo["top_share"]["high"]) == pytest.approx(
+        (held[0], held[2])
+    )
+    assert grpo["early_late"]["value"] == pytest.approx(1.0)
+    json.dumps([grpo, sft], allow_nan=False)
+
+
+def test_a_correlation_of_equal_layers_is_not_defined(tmp_path):
+    config = make_config(tmp_path, plans=["uniform"], seeds=[0])
+    (arm,) = list_arms(config)
+    write_run(config, arm, np.ones(len(RANKS)))
+    assert early_late_correlation(np.ones((4, len(RANKS)))) is None
+    (found,) = landscapes({arm.group: [arm]}, StudyFiles(config.run_dir))
+    assert found["early_late"] == {"value": None, "low": None, "high": None}
+    assert found["max_min"][-1]["value"] == pytest.approx(1.0)

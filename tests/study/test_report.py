@@ -162,6 +162,15 @@ def make_results(plans=PLANS[:4], rules=("constant",), layers=28, steps=60, prof
             | {"uniform": [*map(ranged, (2.7, 3.5, 4.3, 3.4))]}
             | {"own": [*map(ranged, (3.1, 4.0, None, 3.9))]}
         ],
+        "landscape": [
+            {"run": run, "objective": objective, "seeds": 3, "steps": steps, "top_layers": 8}
+            | {"max_min": [*map(ranged, (2.1, 2.4, None, 2.2))]}
+            | {"top_share": ranged(0.36), "early_late": ranged(alike)}
+            for run, objective, alike in (
+                ("uniform-r32", "grpo", 0.962),
+                ("uniform-r32-sft", "sft", None),
+            )
+        ],
         "allocations": [
             {"plan": arm["name"], "layer_ranks": arm["layer_ranks"]}
             | {"note": note.get(arm["plan"], "")}
@@ -199,6 +208,7 @@ def make_factorial():
         ],
     }
     nothing = ("profiles", "amplification", "amplification_verdict", "spread", "allocations")
+    nothing = (*nothing, "landscape")
     made |= {name: [] for name in (*nothing, "cuts")}
     return made | {"contrasts": contrasts, "design": design}
 

@@ -26,7 +26,7 @@ def make_config(root, **arms):
     raw = {"run_dir": str(root), "steps": 5, "lora": {"rank": 8, "alpha": 16.0}}
     raw["study"] = {
         "margin": 0.05,
-        "profile": {"objectives": ["grpo"], "steps": 6},
+        "profile": {"objectives": arms.get("objectives", ["grpo"]), "steps": 6},
         "allocation": {"min_rank": 2, "max_rank": 16},
         "probe": {"scale_rules": list(MECHANICAL_SLOPES), "draws": 2, "layer_draws": 0},
         "arms": {"plans": ["uniform", "proportional", "random"], "seeds": [0, 1]} | arms,

@@ -159,6 +159,7 @@ def _layers(results: Results) -> list[Part]:
         Chart("heat-maps", "Gradient norm by layer and step", seen, maps),
         Chart("shares", "Importance: share of the norm per layer", share, shares),
         tables.concentration_table(results),
+        tables.landscape_table(results),
         tables.spread_table(results),
         Chart("allocations", "Where each plan puts its ranks", ranks, chart, table),
     ]

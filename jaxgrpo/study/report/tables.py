@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from jaxgrpo.study.gradient_types import Range
 from jaxgrpo.study.report import facts
 from jaxgrpo.study.report.document import Table
 from jaxgrpo.study.report.facts import NONE, decimal, mean, percent, points, signed, span
-from jaxgrpo.study.result_types import Contrast, DesignResult, Range, Results
+from jaxgrpo.study.result_types import Contrast, DesignResult, Results
 
 _ESTIMATE = ("points", "interval", "its level", "df", "p")
 
@@ -141,6 +142,28 @@ def spread_table(results: Results) -> Table:
             )
         )
     return Table("Largest over smallest layer share (the uniform runs' own)", headings, rows)
+
+
+def landscape_table(results: Results) -> Table:
+    """How unevenly uniform runs spread the gradient over layers, by objective and rank."""
+    headings = ("uniform run", "objective", "seeds", "first third", "middle third", "last third")
+    headings = (*headings, "all steps", "range over seeds", "top layers hold", "range, %")
+    headings = (*headings, "early/late correlation", "range")
+    rows = []
+    for found in results["landscape"]:
+        whole, top, alike = found["max_min"][-1], found["top_share"], found["early_late"]
+        rows.append(
+            (
+                *(found["run"], facts.named(found["objective"]), str(found["seeds"])),
+                *(decimal(ratio["value"], 2, "infinite") for ratio in found["max_min"]),
+                span(whole["low"], whole["high"]),
+                f"{percent(top['value'])} ({found['top_layers']})",
+                span(top["low"], top["high"], facts.hundred),
+                decimal(alike["value"], 3, "not defined"),
+                span(alike["low"], alike["high"], lambda end: decimal(end, 3)),
+            )
+        )
+    return Table("Largest over smallest layer share of uniform runs", headings, rows, texts=2)
 
 
 def concentration_table(results: Results) -> Table:
