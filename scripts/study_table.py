@@ -55,7 +55,9 @@ def claims(results: dict[str, Any]) -> str:
     uniform, seeds = spread["proportional"]["uniform"][-1], spread["proportional"]["seeds"]
     profile = results["profiles"][0]
     view = profile["views"]["l2"]
-    ratio, top = view["max_min"], view["top_share"]
+    ratio = view["max_min"]
+    (landscape,) = (found for found in results["landscape"] if found["objective"] == "grpo")
+    top, alike = landscape["top_share"], landscape["early_late"]
     over = f"{seeds} seeds, {profile['steps']} steps"
     theirs = PAPER["proportional"] - PAPER["uniform"]
     outside = not primary["low"] <= theirs <= primary["high"]
@@ -90,9 +92,9 @@ def claims(results: dict[str, Any]) -> str:
             "The top 30 % of layers hold a third of it; the map is stable from early to late",
             f"{PAPER['top_share']:.1%}; correlation {PAPER['early_late']}",
             f"{top['value']:.1%} ({top['low']:.1%} to {top['high']:.1%}); correlation "
-            f"{view['early_late_correlation']:.3f} (1 run)",
+            f"{alike['value']:.3f} ({alike['low']:.3f} to {alike['high']:.3f}) (uniform runs, {over})",
             "holds",
-            "more seeds of the profile",
+            "another task",
         ),
         (
             "Proportional ranks amplify the differences between layers",

@@ -161,7 +161,7 @@ def dry_run(config: Config, console: Console) -> int:
         if isinstance(each, StudyConfig):
             print_arms(each, console)
             # An arm's adapters are as wide as the largest rank of any.
-            wide = dataclasses.replace(each.lora, max_rank=each.width(each.lora.rank))
+            wide = dataclasses.replace(each.lora, max_rank=each.widest)
             plan = make_rank_plan(wide, model.num_layers)
         print_foretold(each, model, plan, console)
         if isinstance(each, StudyConfig):

@@ -213,8 +213,8 @@ class Runner:
             from jaxgrpo.study.calibrate import calibrate
 
             batches = self.config.study.profile.calibration_batches
-            width = max(self.config.width(rank) for rank in self.config.mean_ranks)
-            atomic_write_json(path, calibrate(self.lab, batches, width, objective))
+            found = calibrate(self.lab, batches, self.config.widest, objective)
+            atomic_write_json(path, found)
 
     def probes(self, draws: Sequence[int] | None = None) -> None:
         """The runs of these draws, by default of all: side by side where they can be."""

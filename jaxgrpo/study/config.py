@@ -116,12 +116,18 @@ class StudyConfig(Config):
         return low, max(math.ceil(high * part - 1e-9), math.ceil(mean))
 
     def width(self, mean_rank: int) -> int:
-        """Ranks that every arm's adapters are stacked to: one program, and one draw of A, for all.
+        """The largest rank that an adapter of this mean rank may have.
 
         It does not depend on which plans are compared, so that arms can be added to a study.
         """
         plans = (None, *self.study.allocation.bounds)
         return max(self.bounds(mean_rank, plan)[1] for plan in plans)
+
+    @property
+    def widest(self) -> int:
+        """Ranks that every arm's adapters are stacked to: one program, and one draw of A, for all
+        plans and mean ranks."""
+        return max(map(self.width, self.mean_ranks))
 
     def importance_objective(self, objective: Objective) -> Objective:
         """Whose gradient ranks the layers of an arm that trains with `objective`."""
@@ -209,7 +215,7 @@ def scaled_lora(config: StudyConfig, rule: ScaleRule | None, mean_rank: int) -> 
         "rank": mean_rank,
         "alpha": alpha,
         "scale_rule": rule or "constant",
-        "max_rank": config.width(mean_rank),
+        "max_rank": config.widest,
     }
 
 

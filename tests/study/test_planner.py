@@ -223,6 +223,25 @@ def test_probes_give_every_adapter_each_rank_level_in_turn(tmp_path):
     assert identity(probe_config(config, None, 0)) == identity(profile_config(config, "grpo"))
 
 
+@pytest.mark.parametrize("other", ["ranks", "landscape"])
+def test_studies_of_one_model_have_uniform_runs_in_common(other):
+    configs = [
+        load_config([f"configs/study_qwen{name}.yaml"], ["run_dir=runs/study"], StudyConfig)
+        for name in ("", f"_{other}")
+    ]
+    found = [{arm.name: arm_config(c, arm, first=False) for arm in list_arms(c)} for c in configs]
+    shared = [name for name in found[1] if name in found[0]]
+    assert shared == ["uniform-r16-s2", "uniform-r16-s5", "uniform-r16-s8"]
+    for name in shared:
+        of_design, own = (runs[name] for runs in found)
+        assert of_design.run_dir == own.run_dir and identity(of_design) == identity(own)
+    assert identity(profile_config(configs[0], "grpo")) == identity(
+        profile_config(configs[1], "grpo")
+    )
+    # Arms of other ranks are trained beside them, in programs of one width.
+    assert {run.lora.max_rank for run in found[1].values()} == {32}
+
+
 def test_parts_are_named_and_come_after_what_they_build_on(tmp_path, capsys):
     file = tmp_path / "study.yaml"
     file.write_text(dump_config(make_config(tmp_path)))
