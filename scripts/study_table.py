@@ -92,8 +92,8 @@ def claims(results: dict[str, Any]) -> str:
             "The top 30 % of layers hold a third of it; the map is stable from early to late",
             f"{PAPER['top_share']:.1%}; correlation {PAPER['early_late']}",
             f"{top['value']:.1%} ({top['low']:.1%} to {top['high']:.1%}); correlation "
-            f"{alike['value']:.3f} ({alike['low']:.3f} to {alike['high']:.3f}) (uniform runs, ranges "
-            f"over {over})",
+            f"{alike['value']:.3f} ({alike['low']:.3f} to {alike['high']:.3f}) "
+            f"(uniform runs, ranges over {over})",
             "stability holds; the share is larger here",
             "another task",
         ),
