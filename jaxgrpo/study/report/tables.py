@@ -147,23 +147,34 @@ def spread_table(results: Results) -> Table:
 def landscape_table(results: Results) -> Table:
     """How unevenly uniform runs spread the gradient over layers, by objective and rank."""
     headings = ("uniform run", "objective", "seeds", "first third", "middle third", "last third")
-    headings = (*headings, "all steps", "range over seeds", "top layers hold", "range, %")
-    headings = (*headings, "early/late correlation", "range")
+    headings = (*headings, "all steps (range)", "top 30 % hold (range)", "early/late (range)")
     rows = []
     for found in results["landscape"]:
-        whole, top, alike = found["max_min"][-1], found["top_share"], found["early_late"]
+        *thirds, whole = found["max_min"]
+        top, alike = found["top_share"], found["early_late"]
+        ranges = (
+            span(whole["low"], whole["high"]),
+            span(top["low"], top["high"], facts.hundred),
+            span(alike["low"], alike["high"], lambda end: decimal(end, 3)),
+        )
+        values = (
+            decimal(whole["value"], 2, "infinite"),
+            percent(top["value"]),
+            decimal(alike["value"], 3, "not defined"),
+        )
         rows.append(
             (
                 *(found["run"], facts.named(found["objective"]), str(found["seeds"])),
-                *(decimal(ratio["value"], 2, "infinite") for ratio in found["max_min"]),
-                span(whole["low"], whole["high"]),
-                f"{percent(top['value'])} ({found['top_layers']})",
-                span(top["low"], top["high"], facts.hundred),
-                decimal(alike["value"], 3, "not defined"),
-                span(alike["low"], alike["high"], lambda end: decimal(end, 3)),
+                *(decimal(ratio["value"], 2, "infinite") for ratio in thirds),
+                *(f"{value} ({ends})" for value, ends in zip(values, ranges, strict=True)),
             )
         )
-    return Table("Largest over smallest layer share of uniform runs", headings, rows, texts=2)
+    return Table(
+        "Uniform runs: largest over smallest layer share, concentration, stability",
+        headings,
+        rows,
+        texts=2,
+    )
 
 
 def concentration_table(results: Results) -> Table:
