@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from glob import glob
@@ -133,6 +135,17 @@ def _describe(device: Any, sizes: Mapping[str, int], memory: int | None) -> Devi
 def default_platform() -> str:
     """Of the devices that a mesh is made of where none are named."""
     return jax.default_backend()
+
+
+def reach_devices() -> None:
+    """Has jax begin to reach its devices, seconds in which a GPU's driver asks nothing of Python;
+    whoever asks for them meanwhile waits. What fails here fails again for them."""
+
+    def reach() -> None:
+        with contextlib.suppress(Exception):
+            jax.devices()
+
+    threading.Thread(target=reach, daemon=True).start()
 
 
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")

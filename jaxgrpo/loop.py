@@ -87,7 +87,8 @@ def start_run(
     held = run.lock() if first_process() else nullcontext()
     with held, saying_what_is_saved(run):
         fresh = init_train_state(session.init_lora(), programs.optimizer, track_sensitivity)
-        checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints, session.inputs)
+        inputs = session.inputs
+        checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints, inputs)
         fixed = None if replan else session.plan
         restored = checkpoints.restore_latest(fresh, config, fixed)
         start_plan = session.plan
@@ -101,7 +102,7 @@ def start_run(
             console.print(f"resuming {run.root} after step {start} of {config.steps}")
             session = session.with_plan(plan)
         check_agreement("settings", json.dumps(encode_config(config), sort_keys=True))
-        check_agreement("data", json.dumps(session.inputs, sort_keys=True))
+        check_agreement("data", json.dumps(inputs, sort_keys=True))
         check_agreement("rank plans", json.dumps(plan.to_json(), sort_keys=True))
         check_agreement("checkpoints to go on from", str(start))
         if first_process():

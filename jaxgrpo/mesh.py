@@ -273,14 +273,18 @@ def keep_compiled_programs() -> None:
     """Has jax keep compiled programs on disk, so that another start does not compile them again.
 
     In `$XDG_CACHE_HOME/jaxgrpo/programs` (default ~/.cache), unless JAX_COMPILATION_CACHE_DIR says
-    where; JAX_ENABLE_COMPILATION_CACHE=false switches it off. Not on CPU, where jax's own warning
-    holds that a program is tied to the very processor, and where ours compile in seconds.
+    where; JAX_ENABLE_COMPILATION_CACHE=false switches it off. Also what compiles in less than a
+    second, which jax leaves out unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise:
+    a start waits for two dozen such programs one after the other. Not on CPU, where jax's own
+    warning holds that a program is tied to the very processor, and where ours compile in seconds.
     """
-    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if default_platform() == "cpu" or given is not None:
+    if default_platform() == "cpu":
         return
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxgrpo", "programs"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxgrpo", "programs"))
 
 
 def batch_shards(mesh: Mesh) -> int:

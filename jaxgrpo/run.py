@@ -95,7 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Native libraries would otherwise interleave their own log lines with the progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libtpu()
     with warnings.catch_warnings():
         warnings.showwarning = show_warning

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,17 +179,20 @@ def open_model(config: Config) -> OpenModel:
     Raises:
         ConfigError: anything about the model that the user has to mend.
     """
-    check_gpu_is_used()
-    keep_compiled_programs()
-    mesh = make_mesh(config.mesh)
-    check_divisible(config, mesh)
     model_dir = resolve_model_dir(config.model.path, config.model.revision)
-    model_config = read_qwen_config(model_dir, resolve_dtype(config.model.dtype))
-    model_config = dataclasses.replace(model_config, device=device_of(mesh))
-    check_model_axis(model_config, mesh)
-    plan, adapter = resolve_plan(config.lora, model_config)
-    check_tensor_names(model_dir, model_config)
-    tokenizer = load_tokenizer(model_dir)
+    # Beside the devices, which take as long to be reached and ask nothing of Python meanwhile.
+    with ThreadPoolExecutor(1) as beside:
+        loading = beside.submit(load_tokenizer, model_dir)
+        check_gpu_is_used()
+        keep_compiled_programs()
+        mesh = make_mesh(config.mesh)
+        check_divisible(config, mesh)
+        model_config = read_qwen_config(model_dir, resolve_dtype(config.model.dtype))
+        model_config = dataclasses.replace(model_config, device=device_of(mesh))
+        check_model_axis(model_config, mesh)
+        plan, adapter = resolve_plan(config.lora, model_config)
+        check_tensor_names(model_dir, model_config)
+        tokenizer = loading.result()
     check_vocabulary(tokenizer, model_config)
     declared = read_eos_token_ids(model_dir)
     stop_ids = end_token_ids(tokenizer, declared, config.rollout.stop_token_ids)

@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxgrpo import compiles
+from jaxgrpo import compiles, mesh
 
 
 @pytest.fixture
@@ -44,3 +44,15 @@ def test_the_longest_come_first():
     seconds = [program["seconds"] for program in compiles.longest(3)]
     assert seconds == sorted(seconds, reverse=True) and seconds
     assert set(compiles.longest(1)[0]) == {"name", "seconds", "from_disk"}
+
+
+@pytest.mark.parametrize(("said", "kept"), [(None, 0.0), ("2.5", 2.5)])
+def test_small_programs_are_kept_too(empty_disk, monkeypatch, said, kept):
+    """Unless the environment says otherwise."""
+    monkeypatch.setattr(mesh, "default_platform", lambda: "gpu")
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", said)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.5)
+    mesh.keep_compiled_programs()
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == kept  # type: ignore[attr-defined]

@@ -27,10 +27,13 @@ OF_TRAINING = (
 
 
 def run_train(config: Config, console: Console) -> int:
+    from jaxgrpo.devices import reach_devices
     from jaxgrpo.processes import joined
-    from jaxgrpo.train import train
 
     with joined() as first:
+        reach_devices()  # while the rest is imported
+        from jaxgrpo.train import train
+
         console = console if first else Console(quiet=True)
         result = train(config, console)
     if result.interrupted:

@@ -21,7 +21,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import dialect
+from jax.experimental.mosaic import gpu as mosaic
 from jaxlib.mlir import ir
 from jaxtyping import Array, Float
 
@@ -57,8 +57,9 @@ def _leave_counts_out(name_dumps: Any) -> Any:
     return name_alike
 
 
-if hasattr(dialect, "get_or_set_dump_options"):  # not before jaxlib 0.11.1
-    dialect.get_or_set_dump_options = _leave_counts_out(dialect.get_or_set_dump_options)
+_DIALECT: Any = mosaic.dialect  # type: ignore[attr-defined]
+if hasattr(_DIALECT, "get_or_set_dump_options"):  # not before jaxlib 0.11.1
+    _DIALECT.get_or_set_dump_options = _leave_counts_out(_DIALECT.get_or_set_dump_options)
 
 
 def use_tiles(config: QwenConfig) -> bool:

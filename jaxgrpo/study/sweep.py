@@ -14,7 +14,6 @@ from typing import Literal
 from rich.console import Console
 
 from jaxgrpo.config import EMBEDDED, ConfigError
-from jaxgrpo.study.arms import run_study
 from jaxgrpo.study.config import StudyConfig
 from jaxgrpo.study.result_types import Results
 
@@ -93,6 +92,8 @@ def run_sweep(config: SweepConfig, console: Console) -> list[Results]:
         Interrupted: stopped early and saved; the same call goes on.
         OSError: an arm failed for good, with its reason.
     """
+    from jaxgrpo.study.arms import run_study
+
     studies = config.studies()
     installed = importlib.util.find_spec("ray") is not None
     if config.sweep.engine == "ray" and not installed:
