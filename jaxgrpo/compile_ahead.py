@@ -23,6 +23,7 @@ from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.mesh import Purpose, fold_key, shard_rows
 from jaxgrpo.programs import Programs
 from jaxgrpo.session import Session
+from jaxgrpo.start_phases import phase_done
 from jaxgrpo.train_batches import gold_rollout, pack_batch
 from jaxgrpo.types import FINISH_LENGTH, Rollout, TrainBatch
 
@@ -49,7 +50,11 @@ def compile_ahead(session: Session, programs: Programs, *, evaluates: bool) -> P
 
     def sampler(generate: Any, evaluation: bool, weights: Future) -> Any:
         rows = example_prompts(session, 1 if evaluation else arms, evaluation)
-        return _ahead(generate, start(lambda: _build(generate, (weights.result().out, *rows))))
+        building = start(lambda: _build(generate, (weights.result().out, *rows)))
+        building.add_done_callback(
+            lambda _: phase_done("eval_sampler" if evaluation else "sampler")
+        )
+        return _ahead(generate, building)
 
     def train_step() -> Any:
         batch, schedule = example_batch(session, arms), Schedule.of(config)
@@ -58,7 +63,9 @@ def compile_ahead(session: Session, programs: Programs, *, evaluates: bool) -> P
             of_arms = tuple((x,) * arms for x in of_arms)
         states, *others = of_arms
         arguments = (states, session.base, *others)
-        return _ahead(programs.train_step, start(lambda: _build(programs.train_step, arguments)))
+        building = start(lambda: _build(programs.train_step, arguments))
+        building.add_done_callback(lambda _: phase_done("train_step"))
+        return _ahead(programs.train_step, building)
 
     weights = decode_weights(adapters if arms == 1 else (adapters,) * arms)
     # Evaluations are of one arm, however many are trained together.

@@ -37,6 +37,7 @@ from jaxgrpo.records.model_card import CardFacts, scores_of, write_card
 from jaxgrpo.records.progress import ProgressBar
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json, atomic_write_text
 from jaxgrpo.session import Session
+from jaxgrpo.start_phases import phase_done, start_record
 from jaxgrpo.step_records import StepResult
 from jaxgrpo.types import TrainState, Tree
 
@@ -172,6 +173,7 @@ class Loop:
                 {
                     **summary(self.session, result, self.start_plan),
                     "compiled": self.compile_record(),
+                    "start": start_record(),
                 },
             )
         return result
@@ -198,6 +200,7 @@ class Loop:
             if step and alone and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
                 self.checkpoints.save(step, state, config, self.session.plan)
             raise
+        phase_done("first_step")
         new = compiled().since(before)
         self.compiled_by_step |= {done: new} if new.programs else {}
         result.metrics["time/programs_compiled"] = float(new.programs)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxgrpo import __version__
+from jaxgrpo import __version__, start_phases  # noqa: F401  (from here on it counts)
 from jaxgrpo.commands.bench import BENCH
 from jaxgrpo.commands.chat import CHAT
 from jaxgrpo.commands.check import CHECK

@@ -45,6 +45,7 @@ from jaxgrpo.rank_plan import RankPlan, make_rank_plan
 from jaxgrpo.records.tracking import check_wandb
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules, end_token_ids, make_stop_rules
+from jaxgrpo.start_phases import phase_done
 from jaxgrpo.tasks.data import PromptSource
 from jaxgrpo.tasks.data_sets import answered_problems, load_problems
 from jaxgrpo.tasks.rewards import load_reward
@@ -119,6 +120,7 @@ class Session:
         """
         dtype = self.model_config.dtype
         _, base = load_model(self.model_dir, dtype, self.mesh, console)
+        phase_done("weights")
         return dataclasses.replace(self, base=base)
 
     def init_lora(self) -> Tree:

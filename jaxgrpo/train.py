@@ -21,6 +21,7 @@ from jaxgrpo.processes import first_process
 from jaxgrpo.programs import Programs, make_programs
 from jaxgrpo.records.run_directory import DivergedError, RunDirectory
 from jaxgrpo.session import Session, describe_session, warn_user
+from jaxgrpo.start_phases import phase_done
 
 
 def train(config: Config, console: Console) -> TrainResult:
@@ -29,7 +30,9 @@ def train(config: Config, console: Console) -> TrainResult:
     Raises:
         ConfigError: before anything is written, if the configuration cannot run.
     """
+    phase_done("imports")
     session = describe_session(config)
+    phase_done("prompts")
     check_startable(session)
     warn_user(config, session, console)
     with jax.set_mesh(session.mesh):

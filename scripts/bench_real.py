@@ -40,8 +40,18 @@ WINDOW = 10
 
 NO_EVALUATION = ("eval.before_training=false", "eval.after_training=false", "eval.every_steps=0")
 
+PHASES = {
+    "imports": "imports and settings",
+    "prompts": "devices, tokenizer and prompts",
+    "weights": "weights, while programs compile",
+    "sampler": "sampler, compiled or read",
+    "train_step": "train step, compiled or read",
+}
+"""Of a start, as summary.json has them."""
+
 ROWS = {
     "first_step_s": "seconds from process start to the first step's end",
+    **{f"start_{name}_s": f"  to the end of: {what}" for name, what in PHASES.items()},
     "mean_step_s": "mean step after it, s",
     "median_step_s": "median step after it, s",
     "rollout_s": "median rollout, s",
@@ -122,7 +132,18 @@ def run(config: Config, peer: str | None, args: argparse.Namespace) -> dict[str,
         "peak_memory_gib": peak / 2**30 if peak else None,
         "versions": summary["versions"],
         "longest_to_compile": summary.get("compiled", {}).get("longest"),
+        **start_figures(summary.get("start", {}), started),
     }
+
+
+def start_figures(start: dict[str, float], started: float) -> dict[str, float]:
+    """The phases of a start, from what summary.json has of it.
+
+    Args:
+        started: when the process was started, in unix time.
+    """
+    known = [name for name in PHASES if name in start]
+    return {f"start_{name}_s": start["began"] + start[name] - started for name in known}
 
 
 def figures(

@@ -86,7 +86,8 @@ def content(run_dir: Path) -> dict[str, object]:
 
 def without_times(record: dict) -> dict:
     kept = {key: value for key, value in record.items() if not key.startswith(TIMES)}
-    kept.pop("peak_memory_bytes", None)
+    for name in ("peak_memory_bytes", "compiled", "start"):
+        kept.pop(name, None)
     if "last_step" in kept:
         kept["last_step"] = without_times(kept["last_step"])
     return kept

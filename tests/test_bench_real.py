@@ -53,6 +53,14 @@ def test_figures_are_those_of_the_lines():
     assert "mean_step_s" not in bench_real.figures(steps[:1], rows=8, started=100.0, passes=0.0)
 
 
+def test_phases_of_a_start_count_from_the_process_start():
+    start = {"began": 102.0, "imports": 1.5, "weights": 4.0, "eval_sampler": 9.0}
+    found = bench_real.start_figures(start, started=100.0)
+    assert found == {"start_imports_s": 3.5, "start_weights_s": 6.0}
+    assert set(found) < set(bench_real.ROWS)
+    assert bench_real.start_figures({}, started=100.0) == {}
+
+
 def test_a_peer_that_fails_does_not_take_our_figures_along(tmp_path, monkeypatch, capsys):
     ours = {"steps": 3, "first_step_s": 9.0, "mean_step_s": 2.0, "versions": {"jax": "0"}}
 
