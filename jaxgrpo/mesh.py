@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -270,7 +271,8 @@ def rollout_bytes(mesh: Mesh, shape: Sequence[int], itemsize: int, logical: Sequ
 
 
 def keep_compiled_programs() -> None:
-    """Has jax keep compiled programs on disk, so that another start does not compile them again.
+    """Has jax keep compiled programs on disk, so that another start does not compile them again,
+    nor a start from another folder.
 
     In `$XDG_CACHE_HOME/jaxgrpo/programs` (default ~/.cache), unless JAX_COMPILATION_CACHE_DIR says
     where; JAX_ENABLE_COMPILATION_CACHE=false switches it off. Also what compiles in less than a
@@ -282,6 +284,10 @@ def keep_compiled_programs() -> None:
         return
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if not jax.config.jax_hlo_source_file_canonicalization_regex:  # type: ignore[attr-defined]
+        # A kernel holds the paths of its lines, and with them it would be another one elsewhere.
+        root = re.escape(os.path.join(os.path.dirname(os.path.dirname(__file__)), ""))
+        jax.config.update("jax_hlo_source_file_canonicalization_regex", f"^{root}")
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxgrpo", "programs"))

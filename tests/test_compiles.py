@@ -1,10 +1,13 @@
 """What is told of the programs that a process compiles."""
 
+from pathlib import Path
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgrpo import compiles, mesh
+from jaxgrpo.model.rms_norm import rms_norm
 
 
 @pytest.fixture
@@ -18,6 +21,7 @@ def empty_disk(tmp_path):
     yield
     jax.config.update("jax_compilation_cache_dir", before)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", kept)
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", None)
     compilation_cache.reset_cache()
 
 
@@ -56,3 +60,13 @@ def test_small_programs_are_kept_too(empty_disk, monkeypatch, said, kept):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.5)
     mesh.keep_compiled_programs()
     assert jax.config.jax_persistent_cache_min_compile_time_secs == kept  # type: ignore[attr-defined]
+
+
+def test_a_program_does_not_know_in_which_folder_the_package_lies(empty_disk, monkeypatch):
+    """Or its kernels, which hold the paths of their lines, would be others elsewhere."""
+    monkeypatch.setattr(mesh, "default_platform", lambda: "gpu")
+    mesh.keep_compiled_programs()
+    lowered = jax.jit(lambda x: rms_norm(x, x, 1e-6)).lower(jax.numpy.ones(4))
+    text = lowered.as_text(debug_info=True)
+    assert '"jaxgrpo/model/rms_norm.py"' in text
+    assert str(Path(mesh.__file__).parent) not in text
