@@ -40,6 +40,10 @@ _SPEED = (
     "profile's gradient norm. Where it is not 1, or moves between layers, an arm differs from "
     "uniform in its learning rates and not in its ranks alone."
 )
+_TIME = (
+    "Time is that of all steps of all seeds; arms that were trained side by side share theirs, and "
+    "each counts the whole of it."
+)
 _SCOPE = (
     "A plan made from a profile comes from one profile of one seed: the verdict is about this "
     "plan, not about the method that made it. Random draws a plan per seed, so its spread holds "
@@ -175,6 +179,7 @@ def _training(results: Results) -> list[Part]:
         results["convergence"],
         Chart("reward", "Reward during training", curve, panel_charts.reward_chart),
         tables.training_table(results),
+        _TIME,
         _SPEED if any(arm["speed"] for arm in results["arms"]) else "",
         Chart("drift", apart, drift, panel_charts.drift_chart),
     ]
