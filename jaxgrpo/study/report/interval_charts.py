@@ -39,7 +39,7 @@ def _chart(
     rows = [row for row in rows if facts.known(row.value)]
     if not rows:
         return None
-    figure = new_figure(narrow, (44 if narrow else 28) * len(rows) + (120 if narrow else 75))
+    figure = new_figure(narrow, (54 if narrow else 28) * len(rows) + (120 if narrow else 75))
     axes = figure.subplots()
     axes.set(ylim=(len(rows) - 0.4, -0.75 if narrow else -0.6), xlabel=axis)
     axes.grid(False, axis="y")
@@ -59,12 +59,14 @@ def _chart(
             axes.barh(y, 2 * end, 1.0, -end, color=BAND, label=f"margin, ±{end:g}", zorder=0)
         if row.seeds:
             seeds = factor * np.array(row.seeds)
-            axes.plot(seeds, [y + 0.3] * len(seeds), "|", color=colour, label="single seeds")
+            below = y + (0.22 if narrow else 0.3)
+            axes.plot(seeds, [below] * len(seeds), "|", color=colour, label="single seeds")
         if row.target is not None:
             axes.plot([row.target], [y], "|", color=INK, markersize=18, label="predicted")
         if narrow:
-            axes.text(0, y - 0.5, row.label, transform=across, va="center")
-            axes.text(1, y - 0.5, row.note, transform=across, va="center", ha="right", color=SOFT)
+            # Nearer to its own row than to the marks of the one above.
+            axes.text(0, y - 0.36, row.label, transform=across, va="center")
+            axes.text(1, y - 0.36, row.note, transform=across, va="center", ha="right", color=SOFT)
         else:
             axes.text(1.01, y, row.note, transform=across, va="center", color=SOFT)
     axes.set_yticks([] if narrow else range(len(rows)), [] if narrow else [r.label for r in rows])
