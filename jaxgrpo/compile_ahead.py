@@ -1,8 +1,9 @@
 """The programs of a run, compiled side by side while the weights load.
 
 jax compiles a function when it is first called, one after the other: sampling, then training. Here
-each is lowered for the arguments that it will get and compiled in a thread of its own; a call waits
-for its program. What is called with other arguments is compiled then, as by jax.
+each is lowered for the arguments that it will get, in the order of the run's calls, and compiled in
+a thread of its own; a call waits for its program. What is called with other arguments is compiled
+then, as by jax.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgrpo.ahead.programs import describe_results
 from jaxgrpo.grpo.optimizer import Schedule
@@ -37,24 +39,32 @@ def compile_ahead(session: Session, programs: Programs, *, evaluates: bool) -> P
         evaluates: whether the run begins with an evaluation; that of a later one would only delay
             the first step.
     """
-    pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile")
+    # To lower is Python's work, which threads do not share: one program after the other, as the run
+    # calls them. On a mesh a thread compiles what it has lowered: it says how its results lie.
+    alone = session.mesh.size == 1
+    lowering = ThreadPoolExecutor(1 if alone else 4, thread_name_prefix="compile")
+    compiling = ThreadPoolExecutor(4, thread_name_prefix="compile") if alone else None
     config, arms = session.config, programs.arms
     state = init_train_state(session.init_lora(), programs.optimizer)
     adapters = session.adapters(state.lora)
 
-    def start(build: Callable[[], _Built]) -> Future:
-        return pool.submit(_in_mesh, session, build)
+    def start(name: str, function: Any, arguments: Callable[[], tuple]) -> Future:
+        def build() -> _Built:
+            # The mesh that surrounds a program belongs to the thread that traces it.
+            with jax.set_mesh(session.mesh):
+                built = _build(function, arguments(), compiling)
+            built.program.add_done_callback(lambda _: phase_done(name))
+            return built
+
+        return lowering.submit(build)
 
     def decode_weights(adapters: Any) -> Future:
-        return start(lambda: _build(programs.decode_weights, (session.base, adapters)))
+        return start("sampler_weights", programs.decode_weights, lambda: (session.base, adapters))
 
     def sampler(generate: Any, evaluation: bool, weights: Future) -> Any:
         rows = example_prompts(session, 1 if evaluation else arms, evaluation)
-        building = start(lambda: _build(generate, (weights.result().out, *rows)))
-        building.add_done_callback(
-            lambda _: phase_done("eval_sampler" if evaluation else "sampler")
-        )
-        return _ahead(generate, building)
+        name = "eval_sampler" if evaluation else "sampler"
+        return _ahead(generate, start(name, generate, lambda: (weights.result().out, *rows)))
 
     def train_step() -> Any:
         batch, schedule = example_batch(session, arms), Schedule.of(config)
@@ -63,23 +73,25 @@ def compile_ahead(session: Session, programs: Programs, *, evaluates: bool) -> P
             of_arms = tuple((x,) * arms for x in of_arms)
         states, *others = of_arms
         arguments = (states, session.base, *others)
-        building = start(lambda: _build(programs.train_step, arguments))
-        building.add_done_callback(lambda _: phase_done("train_step"))
-        return _ahead(programs.train_step, building)
+        return _ahead(
+            programs.train_step, start("train_step", programs.train_step, lambda: arguments)
+        )
 
     weights = decode_weights(adapters if arms == 1 else (adapters,) * arms)
     # Evaluations are of one arm, however many are trained together.
     of_one = decode_weights(adapters) if evaluates and arms > 1 else weights
     both = dict.fromkeys((weights, of_one))
     found: dict[str, Any] = {"decode_weights": _ahead(programs.decode_weights, *both)}
+    if evaluates:
+        found["generate_eval"] = sampler(programs.generate_eval, True, of_one)
     if config.objective == "grpo":
         found["generate"] = sampler(programs.generate, False, weights)
     # Beside the log-probs of other policies a batch is placed as their programs leave them.
     if config.grpo.num_iterations == 1 and config.grpo.kl_coef == 0:
         found["train_step"] = train_step()
-    if evaluates:
-        found["generate_eval"] = sampler(programs.generate_eval, True, of_one)
-    pool.shutdown(wait=False)
+    if compiling is not None:
+        lowering.submit(compiling.shutdown, wait=False)
+    lowering.shutdown(wait=False)
     return dataclasses.replace(programs, **found)
 
 
@@ -133,14 +145,15 @@ def _empty_rollout(rows: int, width: int) -> Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class _Built:
-    """A compiled program, what it takes, and where its results lie."""
+    """A program, compiled or being compiled, what it takes, and where its results lie."""
 
-    program: Any
+    program: Future
     takes: Any
     out: Any
 
 
-def _build(function: Any, arguments: tuple) -> _Built:
+def _build(function: Any, arguments: tuple, compiling: Executor | None) -> _Built:
+    """Lowered here, and compiled by `compiling`; on a mesh (None) compiled here too."""
     takes, statics = jax.tree.map(_describe, arguments), ()
     if isinstance(function, _Ahead):
         if (known := function.find(takes)) is not None:
@@ -149,14 +162,15 @@ def _build(function: Any, arguments: tuple) -> _Built:
     if isinstance(function, functools.partial):
         function, statics = function.func, function.args
     lowered = function.lower(*statics, *takes)
-    compiled = lowered.compile()
-    return _Built(compiled, takes, describe_results(lowered, compiled))
-
-
-def _in_mesh(session: Session, build: Callable[[], _Built]) -> _Built:
-    """The mesh that surrounds a program belongs to the thread that traces it."""
-    with jax.set_mesh(session.mesh):
-        return build()
+    if compiling is not None:
+        whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+        out = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), lowered.out_info
+        )
+        return _Built(compiling.submit(lowered.compile), takes, out)
+    compiled: Future = Future()
+    compiled.set_result(lowered.compile())
+    return _Built(compiled, takes, describe_results(lowered, compiled.result()))
 
 
 def _describe(x: Any) -> jax.ShapeDtypeStruct:
@@ -181,10 +195,10 @@ class _Ahead:
 
     def __call__(self, *arguments: Any) -> Any:
         built = self.find(arguments)
-        return self.function(*arguments) if built is None else built.program(*arguments)
+        return (self.function if built is None else built.program.result())(*arguments)
 
     def find(self, arguments: tuple) -> _Built | None:
-        """The program for such arguments, once it is there."""
+        """The program for such arguments, once it is lowered."""
         found = (building.result() for building in self.building)
         return next((built for built in found if _fits(arguments, built.takes)), None)
 
