@@ -1,9 +1,8 @@
 """The programs of a run, compiled side by side while the weights load.
 
 jax compiles a function when it is first called, one after the other: sampling, then training. Here
-each is lowered for the arguments that it will get, in the order of the run's calls, and compiled in
-a thread of its own; a call waits for its program. What is called with other arguments is compiled
-then, as by jax.
+each is lowered for the arguments that it will get and compiled in a thread of its own; a call waits
+for its program. What is called with other arguments is compiled then, as by jax.
 """
 
 from __future__ import annotations
@@ -39,11 +38,14 @@ def compile_ahead(session: Session, programs: Programs, *, evaluates: bool) -> P
         evaluates: whether the run begins with an evaluation; that of a later one would only delay
             the first step.
     """
-    # To lower is Python's work, which threads do not share: one program after the other, as the run
-    # calls them. On a mesh a thread compiles what it has lowered: it says how its results lie.
-    alone = session.mesh.size == 1
-    lowering = ThreadPoolExecutor(1 if alone else 4, thread_name_prefix="compile")
-    compiling = ThreadPoolExecutor(4, thread_name_prefix="compile") if alone else None
+    # With programs on the disk it is lowering that takes long, Python's work, which threads do not
+    # share: one program after the other, as the run calls them. Without, the longest compilation
+    # has to begin early; and on a mesh what is compiled says how its results lie. There a thread
+    # compiles what it has lowered.
+    kept = jax.config.jax_compilation_cache_dir is not None  # type: ignore[attr-defined]
+    in_order = kept and session.mesh.size == 1
+    lowering = ThreadPoolExecutor(1 if in_order else 4, thread_name_prefix="compile")
+    compiling = ThreadPoolExecutor(4, thread_name_prefix="compile") if in_order else None
     config, arms = session.config, programs.arms
     state = init_train_state(session.init_lora(), programs.optimizer)
     adapters = session.adapters(state.lora)
@@ -153,7 +155,7 @@ class _Built:
 
 
 def _build(function: Any, arguments: tuple, compiling: Executor | None) -> _Built:
-    """Lowered here, and compiled by `compiling`; on a mesh (None) compiled here too."""
+    """Lowered here, and compiled by `compiling`, for one device; None: compiled here too."""
     takes, statics = jax.tree.map(_describe, arguments), ()
     if isinstance(function, _Ahead):
         if (known := function.find(takes)) is not None:

@@ -51,8 +51,15 @@ def only_lowered(programs):
     return dataclasses.replace(programs, decode_weights=weights, **found)
 
 
-@pytest.mark.parametrize("mesh", [[], SPLIT], ids=["one device", "2 x 2 x 2"])
-def test_a_run_calls_what_was_compiled_before_its_weights_were_there(tmp_path, mesh):
+@pytest.mark.parametrize(
+    ("mesh", "kept"),
+    [([], True), ([], False), (SPLIT, True)],
+    ids=["one device", "nothing on disk", "2 x 2 x 2"],
+)
+def test_a_run_calls_what_was_compiled_before_its_weights_were_there(tmp_path, request, mesh, kept):
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    request.addfinalizer(lambda: jax.config.update("jax_compilation_cache_dir", before))
+    jax.config.update("jax_compilation_cache_dir", str(before or tmp_path) if kept else None)
     session = describe(mesh)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(session.base))
     with jax.set_mesh(session.mesh):
