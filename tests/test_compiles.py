@@ -1,5 +1,6 @@
 """What is told of the programs that a process compiles."""
 
+import threading
 from pathlib import Path
 
 import jax
@@ -12,7 +13,10 @@ from jaxgrpo.model.rms_norm import rms_norm
 
 @pytest.fixture
 def empty_disk(tmp_path):
-    """Programs are kept in a folder that holds none yet."""
+    """Programs are kept in a folder that holds none yet; none of another test is being compiled."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("compile"):
+            thread.join()
     before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     kept = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))

@@ -216,7 +216,8 @@ def test_eight_devices_sample_what_one_does_each_its_own_rows(monkeypatch, sizes
     tokens, mask = _prompts()
     tokens, mask = np.concatenate([tokens, tokens + 1]), np.concatenate([mask, mask])
     rollout = RolloutConfig(max_completion_tokens=WIDTH, temperature=0.9)
-    stop, key = StopRules((3, 5, 8, 13, 21, 34)), jax.random.key(0)
+    # No draw of this key lies within rounding of the edge between two tokens.
+    stop, key = StopRules((3, 5, 8, 13, 21, 34)), jax.random.key(1)
     weights = make_decode_weights(CONFIG, _base(), _adapters())
     generate = make_generate(CONFIG, rollout, stop, GROUP)
     one = to_host(generate(weights, jnp.asarray(tokens), jnp.asarray(mask), key))

@@ -38,7 +38,11 @@ from jaxgrpo.types import Adapters, LoraPlan, Packing, TrainBatch, TrainState, T
 PROGRAMS = ("layout", "rollout", "train")
 """The sampler's copy of the weights; prompts to completions; one optimizer update."""
 
-QUICK_OPTIONS = {"exec_time_optimization_effort": -1.0}
+QUICK_OPTIONS = (
+    {"exec_time_optimization_effort": -1.0}
+    if hasattr(jax.config, "jax_exec_time_optimization_effort")
+    else {"optimization_level": "O0"}  # its name since jax 0.11
+)
 """Has XLA skip what makes programs faster and compiling slow, prefetching into the chip's own
 memory above all: operations and collectives stay the same. Seen: two thirds more bytes in the
 train step, one third in the rollout."""
