@@ -27,7 +27,6 @@ from jaxgrpo.records.tracking import WandbTracker
 # nobody gives it here: to this import there is none.
 _HIDDEN = sys.modules.setdefault("torch", None) is None  # type: ignore[arg-type]
 from tensorboardX import SummaryWriter  # noqa: E402
-from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
 from tensorboardX.summary import hparams, scalar  # noqa: E402
 
 if _HIDDEN:
@@ -127,10 +126,10 @@ class MetricWriter:
         """All in one event: the writer's thread takes ten at a time and lets a step wait for it,
         and every layer's norms are hundreds."""
         assert self._board is not None and self._board.file_writer is not None
-        found = Summary()
-        for name, value in scalars.items():
-            found.value.extend(scalar(name, value).value)
-        self._board.file_writer.add_summary(found, step)
+        whole, *others = (scalar(name, value) for name, value in scalars.items())
+        for summary in others:
+            whole.value.extend(summary.value)
+        self._board.file_writer.add_summary(whole, step)
 
     def write_samples(
         self, step: int, layer_grad_norms: Mapping, records: Sequence[Mapping[str, Any]]
