@@ -122,7 +122,7 @@ class Runner:
         arms = list_arms(self.config)
         names = {x for a in arms for x in (a.name, a.group, f"s{a.seed}")}
         probe = self.config.study.probe
-        draws = {f"probe{draw + 1}": draw for draw in range(probe.runs if probe.scale_rules else 0)}
+        draws = {f"probe{draw + 1}": draw for draw in probe.asked}
         names |= {"prepare", "probes", "report", *draws}
         for name in only:
             check_choice(name, sorted(names), "study.only")
@@ -220,23 +220,21 @@ class Runner:
         """The runs of these draws, by default of all: side by side where they can be."""
         probe = self.config.study.probe
         found: dict[str, Config] = {}
-        for draw in range(probe.runs) if draws is None else draws:
-            for rule in (None, *probe.scale_rules) if probe.scale_rules else ():
+        for draw in probe.asked if draws is None else draws:
+            for rule in (None, *probe.scale_rules):
                 config = probe_config(self.config, rule, draw)
                 if not is_done(config):
                     what = "uniform ranks" if rule is None else f"drawn ranks, {rule}"
                     found[f"probe {draw + 1} of {probe.runs}: {what}"] = config
         titles, configs = list(found), list(found.values())
-        for alike in alike_runs(configs):
-            most = self._together(configs[alike[0]], len(alike))
-            for numbers, slots in split_rounds(alike, most):
-                names = [titles[n] for n in numbers]
-                if len(names) == 1:
-                    self.lab.run(names[0], configs[numbers[0]])
-                    continue
-                title = f"{len(names)} side by side: {'; '.join(names)}"
-                results = self.lab.run_arms(title, [configs[n] for n in numbers], slots)
-                raise_first(dict(zip(names, results, strict=True)))
+        for numbers, slots in self._split(configs, alike_runs(configs)):
+            names = [titles[n] for n in numbers]
+            if len(names) == 1:
+                self.lab.run(names[0], configs[numbers[0]])
+                continue
+            title = f"{len(names)} side by side: {'; '.join(names)}"
+            results = self.lab.run_arms(title, [configs[n] for n in numbers], slots)
+            raise_first(dict(zip(names, results, strict=True)))
 
     def arms(self) -> None:
         arms = list_arms(self.config)
@@ -264,11 +262,18 @@ class Runner:
         """
         arms, configs = list_arms(self.config), arm_configs(self.config)
         left = [n for n in numbers if not has_ended(self.config, arms[n], configs[n])]
+        found = self._split(configs, alike_arms(self.config, left), places)
+        return sorted(found, key=lambda group: group.numbers[0])
+
+    def _split(
+        self, configs: Sequence[Config], groups: Sequence[Sequence[int]], places: int = 1
+    ) -> list[Round]:
+        """Runs that are alike, by their numbers in `configs`, as they are trained."""
         found: list[Round] = []
-        for alike in alike_arms(self.config, left):
+        for alike in groups:
             most = self._together(configs[alike[0]], -(-len(alike) // places))
             found += split_rounds(alike, most)
-        return sorted(found, key=lambda group: group.numbers[0])
+        return found
 
     def _together(self, config: Config, most: int) -> int:
         """How many runs like this one, if there are so many, are trained side by side at most."""

@@ -4,7 +4,7 @@ jax."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,17 @@ from jaxgrpo.study.importance import (
 from jaxgrpo.study.norms import layer_norms, read_norms
 from jaxgrpo.study.sections import DYNAMIC
 
+Read = Callable[[Path], Norms | None]
 
-def layer_spread(groups: Mapping[str, Sequence[Arm]], files: StudyFiles) -> list[Spread]:
+
+def finished_norms(root: Path) -> Norms | None:
+    """Raw norms of a run that has ended; None of any other."""
+    return read_norms(root, "l2") if (root / "summary.json").is_file() else None
+
+
+def layer_spread(
+    groups: Mapping[str, Sequence[Arm]], files: StudyFiles, read: Read = finished_norms
+) -> list[Spread]:
     """Of every plan but the uniform one that has a run beside a uniform run of its seed.
 
     Under Adam an adapter's raw gradient is in proportion to s sqrt(r) times what no rank enters, if
@@ -34,6 +43,7 @@ def layer_spread(groups: Mapping[str, Sequence[Arm]], files: StudyFiles) -> list
 
     Args:
         groups: the runs that a report is of, under their name.
+        read: a run's norms; a long run's file takes seconds, so who asks twice keeps them.
     """
     uniform = {
         (arm.objective, arm.mean_rank, arm.seed): arm
@@ -41,16 +51,16 @@ def layer_spread(groups: Mapping[str, Sequence[Arm]], files: StudyFiles) -> list
         for arm in arms
         if arm.plan == "uniform"
     }
-    read = {key: _finished_norms(files.arm(arm)) for key, arm in uniform.items()}
+    levels = {key: read(files.arm(arm)) for key, arm in uniform.items()}
     found: list[Spread] = []
     for name, arms in groups.items():
         own, beside, foretold = [], [], []
         for arm in arms:
             key = (arm.objective, arm.mean_rank, arm.seed)
-            level = read.get(key)
+            level = levels.get(key)
             if arm.plan == "uniform" or level is None:
                 continue
-            if (norms := _finished_norms(files.arm(arm))) is None:
+            if (norms := read(files.arm(arm))) is None:
                 continue
             own.append(_by_phase(norms))
             beside.append(_by_phase(level))
@@ -69,15 +79,17 @@ def layer_spread(groups: Mapping[str, Sequence[Arm]], files: StudyFiles) -> list
     return found
 
 
-def landscapes(groups: Mapping[str, Sequence[Arm]], files: StudyFiles) -> list[Landscape]:
+def landscapes(
+    groups: Mapping[str, Sequence[Arm]], files: StudyFiles, read: Read = finished_norms
+) -> list[Landscape]:
     """Of the uniform runs that have finished, a group at a time: one objective and one rank.
 
     Args:
-        groups: as of `layer_spread`.
+        groups, read: as of `layer_spread`.
     """
     found: list[Landscape] = []
     for name, arms in groups.items():
-        runs = [_finished_norms(files.arm(arm)) for arm in arms if arm.plan == "uniform"]
+        runs = [read(files.arm(arm)) for arm in arms if arm.plan == "uniform"]
         by_layer = [layer_norms(dict(norms)) for norms in runs if norms is not None]
         by_layer = [norms for norms in by_layer if norms.any()]
         if not by_layer:
@@ -98,10 +110,6 @@ def landscapes(groups: Mapping[str, Sequence[Arm]], files: StudyFiles) -> list[L
             }
         )
     return found
-
-
-def _finished_norms(root: Path) -> Norms | None:
-    return read_norms(root, "l2") if (root / "summary.json").is_file() else None
 
 
 def _by_phase(norms: Norms) -> list[float]:

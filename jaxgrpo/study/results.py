@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from jaxgrpo.study.factorial import analyse
 from jaxgrpo.study.gradient_types import Profile, View
 from jaxgrpo.study.history import later_arms
 from jaxgrpo.study.importance import importance
-from jaxgrpo.study.layer_spread import landscapes, layer_spread
+from jaxgrpo.study.layer_spread import finished_norms, landscapes, layer_spread
 from jaxgrpo.study.norms import layer_norms, read_norms
 from jaxgrpo.study.paper import paper_rows
 from jaxgrpo.study.result_types import (
@@ -76,7 +77,7 @@ def collect_results(config: StudyConfig) -> Results:
         for objective in config.study.profile.objectives
         if (profile := _profile(files, objective)) is not None
     ]
-    probes = Probes(config, files)
+    probes, norms = Probes(config, files), cache(finished_norms)
     slopes = probes.slopes()
     smallest = None if layout is None else detectable(planned, answers, layout)
     trend = _rank_trend(config, groups, answers, layout)
@@ -107,8 +108,8 @@ def collect_results(config: StudyConfig) -> Results:
         "profiles": profiles,
         "amplification": slopes,
         "amplification_verdict": amplification_verdict(slopes, probes.of_weights()),
-        "spread": layer_spread(groups, files),
-        "landscape": landscapes(groups, files),
+        "spread": layer_spread(groups, files, norms),
+        "landscape": landscapes(groups, files, norms),
         "paper": paper_rows(config, files, arms, profiles),
         "allocations": _allocations(config, files),
     }

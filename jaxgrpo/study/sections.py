@@ -131,6 +131,11 @@ class ProbeConfig:
         """Per scale rule."""
         return self.draws + self.layer_draws
 
+    @property
+    def asked(self) -> range:
+        """The draws that are run: none without a scale rule."""
+        return range(self.runs if self.scale_rules else 0)
+
     def __post_init__(self) -> None:
         require(
             self.draws >= 2,
