@@ -40,8 +40,9 @@ __all__ = ["COMMANDS", "EMBEDDED_CONFIG", "entry_point", "main"]
 
 EXIT_ERROR, EXIT_USAGE = 1, 2
 
-COMPILING = "compile"
-"""What the names of threads that compile begin with (see compile_ahead.py)."""
+BACKGROUND = ("compile", "beside")
+"""What the names of threads begin with that nobody waits for at the end: those that compile
+(compile_ahead.py) and that read what needs no device (session.py)."""
 
 QUIET_LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -164,8 +165,7 @@ def show_warning(message: Any, category: Any, filename: str, *_: Any, **__: Any)
 def entry_point() -> None:
     """What the `jaxgrpo` command runs."""
     code = main()
-    if any(thread.name.startswith(COMPILING) for thread in threading.enumerate()):
-        # Nobody waits for programs that will not be called.
+    if any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,7 @@ from jaxgrpo.records.tracking import check_wandb
 from jaxgrpo.rollout.engine import make_generate
 from jaxgrpo.rollout.stop import StopRules, end_token_ids, make_stop_rules
 from jaxgrpo.start_phases import phase_done
-from jaxgrpo.tasks.data import PromptSource
-from jaxgrpo.tasks.data_sets import answered_problems, load_problems
+from jaxgrpo.tasks.data import PromptSource, read_prompts
 from jaxgrpo.tasks.rewards import load_reward
 from jaxgrpo.tasks.texts import load_tokenizer
 from jaxgrpo.types import Adapters, LoraPlan, Tree
@@ -182,19 +182,33 @@ def open_model(config: Config) -> OpenModel:
         ConfigError: anything about the model that the user has to mend.
     """
     model_dir = resolve_model_dir(config.model.path, config.model.revision)
-    # Beside the devices, which take as long to be reached and ask nothing of Python meanwhile.
-    with ThreadPoolExecutor(1) as beside:
-        loading = beside.submit(load_tokenizer, model_dir)
-        check_gpu_is_used()
-        keep_compiled_programs()
-        mesh = make_mesh(config.mesh)
-        check_divisible(config, mesh)
-        model_config = read_qwen_config(model_dir, resolve_dtype(config.model.dtype))
-        model_config = dataclasses.replace(model_config, device=device_of(mesh))
-        check_model_axis(model_config, mesh)
-        plan, adapter = resolve_plan(config.lora, model_config)
-        check_tensor_names(model_dir, model_config)
-        tokenizer = loading.result()
+    with beside_devices() as beside:
+        return _open_model(config, model_dir, beside.submit(load_tokenizer, model_dir))
+
+
+@contextmanager
+def beside_devices() -> Iterator[ThreadPoolExecutor]:
+    """A thread for what needs no device: to be reached they take as long, and ask nothing of Python
+    meanwhile. On an error nobody waits for it (see run.py)."""
+    beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
+    try:
+        yield beside
+    finally:
+        beside.shutdown(wait=False, cancel_futures=True)
+
+
+def _open_model(config: Config, model_dir: Path, loading: Future) -> OpenModel:
+    """`open_model`, of a tokenizer that is being loaded."""
+    check_gpu_is_used()
+    keep_compiled_programs()
+    mesh = make_mesh(config.mesh)
+    check_divisible(config, mesh)
+    model_config = read_qwen_config(model_dir, resolve_dtype(config.model.dtype))
+    model_config = dataclasses.replace(model_config, device=device_of(mesh))
+    check_model_axis(model_config, mesh)
+    plan, adapter = resolve_plan(config.lora, model_config)
+    check_tensor_names(model_dir, model_config)
+    tokenizer = loading.result()
     check_vocabulary(tokenizer, model_config)
     declared = read_eos_token_ids(model_dir)
     stop_ids = end_token_ids(tokenizer, declared, config.rollout.stop_token_ids)
@@ -219,21 +233,14 @@ def describe_session(config: Config) -> Session:
     rewards = {name: _reward("rewards", name) for name in config.rewards}
     eval_reward = _reward("eval.reward", config.eval.reward)
     check_wandb(config.wandb_project)
-    model = open_model(config)
-    judges = list(rewards) if config.objective == "grpo" else []
-    found = [
-        answered_problems(load_problems(config.data, split), split, names, config.data)
-        for split, names in (
-            (config.data.train_split, judges),
-            (config.data.eval_split, [config.eval.reward]),
-        )
-    ]
-    train_prompts, eval_prompts = (
-        PromptSource(problems, model.tokenizer, config.data, left_out)
-        for problems, left_out in found
-    )
-    with jax.set_mesh(model.mesh):
-        base = describe_base(model.model_config, model.mesh)
+    model_dir = resolve_model_dir(config.model.path, config.model.revision)
+    with beside_devices() as beside:
+        loading = beside.submit(load_tokenizer, model_dir)
+        reading = beside.submit(lambda: read_prompts(config, loading.result()))
+        model = _open_model(config, model_dir, loading)
+        with jax.set_mesh(model.mesh):
+            base = describe_base(model.model_config, model.mesh)
+        train_prompts, eval_prompts = reading.result()
     session = Session(
         config=config,
         mesh=model.mesh,

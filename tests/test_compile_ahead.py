@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 
 import chex
 import jax
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxgrpo import session as session_module
 from jaxgrpo.compile_ahead import compile_ahead
+from jaxgrpo.config import ConfigError
 from jaxgrpo.config_files import load_config
 from jaxgrpo.evaluate import EvalPlace
 from jaxgrpo.evaluate_run import run_eval
@@ -141,3 +144,24 @@ def test_other_arguments_are_compiled_when_they_come():
         with compilations() as compiled:
             alone = ahead.decode_weights(session.base, None)
         assert compiled and "embed_tokens" in alone
+
+
+def test_prompts_are_read_while_devices_are_reached(monkeypatch):
+    """And what is wrong with the devices is said without waiting for them."""
+    read, reached = threading.Event(), threading.Event()
+    prompts = session_module.read_prompts
+
+    def reading(*of):
+        read.set()
+        assert reached.wait(60)
+        return prompts(*of)
+
+    def fails(_):
+        assert read.wait(60)
+        raise ConfigError("no such mesh")
+
+    monkeypatch.setattr(session_module, "read_prompts", reading)
+    monkeypatch.setattr(session_module, "make_mesh", fails)
+    with pytest.raises(ConfigError, match="no such mesh"):
+        describe([])
+    reached.set()

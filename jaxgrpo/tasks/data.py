@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrpo.config import ConfigError, DataConfig
+from jaxgrpo.config import Config, ConfigError, DataConfig
 from jaxgrpo.records.run_directory import hash_inputs
-from jaxgrpo.tasks.data_sets import Problem
+from jaxgrpo.tasks.data_sets import Problem, answered_problems, load_problems
 from jaxgrpo.tasks.texts import tokenize_prompts
 from jaxgrpo.types import PromptBatch
 
@@ -112,6 +112,26 @@ class PromptSource:
             answers=[self._problems[row].answer for row in rows],
             indices=[self._problems[row].index for row in rows],
         )
+
+
+def read_prompts(config: Config, tokenizer: Any) -> tuple[PromptSource, PromptSource]:
+    """Of the training split and of the evaluation split, without what their rewards cannot judge.
+
+    Raises:
+        ConfigError: as `load_problems`, `answered_problems` and `PromptSource`, in this order.
+    """
+    judges = list(config.rewards) if config.objective == "grpo" else []
+    train, test = (
+        answered_problems(load_problems(config.data, split), split, names, config.data)
+        for split, names in (
+            (config.data.train_split, judges),
+            (config.data.eval_split, [config.eval.reward]),
+        )
+    )
+    return (
+        PromptSource(train[0], tokenizer, config.data, train[1]),
+        PromptSource(test[0], tokenizer, config.data, test[1]),
+    )
 
 
 def train_rows(

@@ -32,12 +32,15 @@ def load_tokenizer(directory: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Not AutoTokenizer, whose import brings torch, seconds of every start. Of what it chooses from
     # these are all that there is here: tokenizer.json as it stands, or the vocabulary of both
-    # families.
-    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
-
+    # families, for whose class transformers reads the files of all its models.
+    kind: Any
     if (directory / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
         kind = PreTrainedTokenizerFast
     elif (directory / "vocab.json").is_file():
+        from transformers import Qwen2Tokenizer
+
         kind = Qwen2Tokenizer
     else:
         raise ConfigError(f"{directory} has no tokenizer (tokenizer.json)")
