@@ -79,6 +79,17 @@ class Probes:
                     found.append(_slope(rule, view, fit, self._parts(rule, view)))
         return found
 
+    @property
+    def drawn(self) -> str:
+        """In how many draws something was measured: "3 of 6"."""
+        there = {
+            draw
+            for rule in self._rules
+            for draw, ratios in enumerate(self._ratios(rule, "l2", None, "all"))
+            if np.isfinite(ratios).any()
+        }
+        return f"{len(there)} of {len(self._draws['by layer'])}"
+
     def of_weights(self) -> Fit | None:
         """Of the view that no rank enters: one question whatever the rule, all probes answer it."""
         return self._fit(self._rules, "weight")
@@ -177,8 +188,13 @@ def _slope(rule: str, view: str, slope: Fit, parts: list[SlopePart]) -> Amplific
     }
 
 
-def amplification_verdict(found: Sequence[Amplification], of_weights: Fit | None) -> list[str]:
-    """Which explanation survives, what lies outside its interval, and where the slopes end."""
+def amplification_verdict(
+    found: Sequence[Amplification], of_weights: Fit | None, drawn: str
+) -> list[str]:
+    """Which explanation survives, what lies outside its interval, and where the slopes end.
+
+    drawn: which draws it is of, "3 of 6".
+    """
     raw = {
         a["scale_rule"]: Interval(a["slope"], a["low"], a["high"])
         for a in found
@@ -188,12 +204,13 @@ def amplification_verdict(found: Sequence[Amplification], of_weights: Fit | None
         return []
     _, sentence = explanation(raw, of_weights and of_weights.interval)
     outside = [
-        a["scale_rule"]
+        f"{a['scale_rule']}, {words} the margin of {SLOPE_MARGIN:g}"
         for a in found
         if a["view"] == "l2" and not a["low"] <= a["predicted"] <= a["high"]
+        for words in ("within" if abs(a["slope"] - a["predicted"]) <= SLOPE_MARGIN else "beyond",)
     ]
     where = (
-        f"Outside its interval lies the prediction for {', '.join(outside)}."
+        f"Outside its interval lies the prediction for {'; '.join(outside)}."
         if outside
         else "Every prediction lies inside its interval."
     )
@@ -206,4 +223,4 @@ def amplification_verdict(found: Sequence[Amplification], of_weights: Fit | None
         if part["phase"] == "last third"
     ]
     grown = f"In the last third of the steps the full-weight slope is {'; '.join(late)}."
-    return [sentence, where, *([grown] if late else [])]
+    return [sentence, f"Measured in {drawn} draws.", where, *([grown] if late else [])]

@@ -143,9 +143,9 @@ def compare(
                 entry = _entry(one, contrast, level, first, _fixed_p(one, answers))
                 if tested:
                     entry["p_holm"] = adjusted
-                    entry["verdict"] = _verdict(
-                        contrast, adjusted <= differs_at, one.margin, equivalent_at * share
-                    )
+                    entry["p_equivalent"] = contrast.p_equivalent(one.margin)
+                    entry["equivalent_at"] = equivalent_at * share
+                    entry["verdict"] = _verdict(entry, adjusted <= differs_at)
                 results[name] = entry
     return results
 
@@ -167,6 +167,8 @@ def _entry(
         "high": interval and interval.high,
         "p": contrast.p if tested else None,
         "p_holm": None,
+        "p_equivalent": None,
+        "equivalent_at": None,
         "margin": one.margin,
         "verdict": "open",
         "detectable": contrast.detectable(first_level) if tested else None,
@@ -175,10 +177,11 @@ def _entry(
     }
 
 
-def _verdict(contrast: RunContrast, differs: bool, margin: float, equivalent_at: float) -> Verdict:
-    if differs and contrast.difference != 0:
-        return "better" if contrast.difference > 0 else "worse"
-    return "equivalent" if contrast.p_equivalent(margin) <= equivalent_at else "open"
+def _verdict(found: Contrast, differs: bool) -> Verdict:
+    if differs and found["difference"] != 0:
+        return "better" if found["difference"] > 0 else "worse"
+    p, level = found["p_equivalent"], found["equivalent_at"]
+    return "equivalent" if p is not None and level is not None and p <= level else "open"
 
 
 def _fixed_p(one: Planned, answers: Mapping[str, Answers]) -> float:

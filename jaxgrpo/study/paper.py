@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from jaxgrpo.config import EMBEDDED
-from jaxgrpo.study.config import StudyConfig, StudyFiles, list_arms
-from jaxgrpo.study.gradient_types import Profile
-from jaxgrpo.study.importance import max_min_ratio, shares
-from jaxgrpo.study.norms import layer_norms, read_norms
+from jaxgrpo.study.config import Arm, StudyConfig
+from jaxgrpo.study.gradient_types import Landscape, Profile, Spread
 from jaxgrpo.study.result_types import ArmResult, PaperRow
 
 # arXiv 2605.07366, as published; accuracies are of 200 test items and one seed.
@@ -24,7 +24,12 @@ PAPER = {
 
 
 def paper_rows(
-    config: StudyConfig, files: StudyFiles, arms: list[ArmResult], profiles: list[Profile]
+    config: StudyConfig,
+    groups: Mapping[str, Sequence[Arm]],
+    arms: Sequence[ArmResult],
+    profiles: Sequence[Profile],
+    spread: Sequence[Spread],
+    landscape: Sequence[Landscape],
 ) -> list[PaperRow]:
     """The paper's figures beside ours; other models and data are another question, and say so."""
     same = "" if config.model.path != EMBEDDED else "another model and task: not a replication"
@@ -33,10 +38,20 @@ def paper_rows(
         entry = next((a for a in arms if a["plan"] == plan and a["accuracy"] is not None), None)
         ours = "not measured" if entry is None else f"{entry['accuracy']:.1%}"
         rows.append(_row(f"accuracy, {plan}", f"{PAPER[plan]:.1%} (n = 200, 1 seed)", ours, same))
-    for plan in ("uniform", "proportional"):
-        ratio = _arm_max_min(config, files, plan)
-        ours = "not measured" if ratio is None else f"{ratio:.2f}"
-        note = "raw L2, over the whole run" if plan == "uniform" else "2.17 x sqrt(40/20) = 3.07"
+    first = {
+        runs[0].plan: name for name, runs in reversed(groups.items()) if runs[0].objective == "grpo"
+    }
+    uniform = next((one for one in landscape if one["run"] == first.get("uniform")), None)
+    other = next((one for one in spread if one["run"] == first.get("proportional")), None)
+    for plan, found, ratios, note in (
+        ("uniform", uniform, uniform and uniform["max_min"], "raw L2, over the whole run"),
+        ("proportional", other, other and other["own"], "2.17 x sqrt(40/20) = 3.07"),
+    ):
+        ours = "not measured"
+        if found and ratios and ratios[-1]["value"] is not None:
+            whole, seeds = ratios[-1], found["seeds"]
+            over = f"{whole['low']:.2f} to {whole['high']:.2f} over {seeds} seeds"
+            ours = f"{whole['value']:.2f}" + f" ({over})" * (seeds > 1)
         quantity = f"max/min layer share, {plan} run"
         rows.append(_row(quantity, f"{PAPER[f'max_min_{plan}']:.2f}", ours, note))
     grpo = next((p["views"].get("l2") for p in profiles if p["objective"] == "grpo"), None)
@@ -58,11 +73,3 @@ def paper_rows(
 def _row(quantity: str, paper: str, ours: str, note: str) -> PaperRow:
     return {"quantity": quantity, "paper": paper, "ours": ours, "note": note}
 
-
-def _arm_max_min(config: StudyConfig, files: StudyFiles, plan: str) -> float | None:
-    """max/min layer share of the first seed's run, raw L2, as the paper measured it."""
-    arm = next((a for a in list_arms(config) if a.plan == plan), None)
-    norms = None if arm is None else read_norms(files.arm(arm), "l2")
-    if norms is None or not layer_norms(norms).any():
-        return None
-    return float(max_min_ratio(shares(layer_norms(norms))))

@@ -51,6 +51,10 @@ class Contrast(TypedDict):
     high: float | None
     p: float | None
     p_holm: float | None
+    p_equivalent: float | None
+    """Of a difference of the margin or more, the larger of two one-sided p; the contrast is
+    equivalent if it is at most `equivalent_at`."""
+    equivalent_at: float | None
     margin: float
     verdict: Verdict
     detectable: float | None

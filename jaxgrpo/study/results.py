@@ -79,6 +79,7 @@ def collect_results(config: StudyConfig) -> Results:
     ]
     probes, norms = Probes(config, files), cache(finished_norms)
     slopes = probes.slopes()
+    spread, landscape = (f(groups, files, norms) for f in (layer_spread, landscapes))
     smallest = None if layout is None else detectable(planned, answers, layout)
     trend = _rank_trend(config, groups, answers, layout)
     residual = None if layout is None else _residual(layout)
@@ -107,11 +108,11 @@ def collect_results(config: StudyConfig) -> Results:
         "design": design,
         "profiles": profiles,
         "amplification": slopes,
-        "amplification_verdict": amplification_verdict(slopes, probes.of_weights()),
-        "spread": layer_spread(groups, files, norms),
-        "landscape": landscapes(groups, files, norms),
-        "paper": paper_rows(config, files, arms, profiles),
-        "allocations": _allocations(config, files),
+        "amplification_verdict": amplification_verdict(slopes, probes.of_weights(), probes.drawn),
+        "spread": spread,
+        "landscape": landscape,
+        "paper": paper_rows(config, groups, arms, profiles, spread, landscape),
+        "allocations": _allocations(groups, config),
     }
 
 
@@ -226,18 +227,22 @@ def _base(config: StudyConfig, files: StudyFiles) -> Base | None:
     }
 
 
-def _allocations(config: StudyConfig, files: StudyFiles) -> list[Allocation]:
+def _allocations(groups: Mapping[str, list[Arm]], config: StudyConfig) -> list[Allocation]:
+    """Of every group the plan of its first run that has ended; of random ones each seed's."""
+    files = StudyFiles(config.run_dir)
     found: list[Allocation] = []
-    for arm in list_arms(config):
-        if arm.seed != config.study.arms.seeds[0] and arm.plan != "random":
-            continue
-        summary = read_json(files.arm(arm) / "summary.json")
-        if not summary:
-            continue
-        ranks = list(summary["plan"]["ranks"].values())
-        note = "as it ended" if arm.plan in DYNAMIC else ""
-        name = f"{arm_label(arm, config)}" + (f", seed {arm.seed}" if arm.plan == "random" else "")
-        found.append({"plan": name, "layer_ranks": np.mean(ranks, axis=0).tolist(), "note": note})
+    for arms in groups.values():
+        for arm in arms:
+            summary = read_json(files.arm(arm) / "summary.json")
+            if not summary:
+                continue
+            ranks = list(summary["plan"]["ranks"].values())
+            note = "as it ended" if arm.plan in DYNAMIC else ""
+            name = arm_label(arm, config) + f", seed {arm.seed}" * (arm.plan == "random")
+            layer_ranks = np.mean(ranks, axis=0).tolist()
+            found.append({"plan": name, "layer_ranks": layer_ranks, "note": note})
+            if arm.plan != "random":
+                break
     return found
 
 

@@ -220,7 +220,8 @@ def explanation(
     }[mechanical, feedback]
     words = {
         "mechanical": "The layers' raw gradient shares follow rank as the LoRA parameterisation "
-        "alone predicts, and rank draws no gradient to a layer beyond that",
+        "alone predicts, and rank draws no gradient to a layer beyond that (slopes within "
+        f"{SLOPE_MARGIN:g})",
         "feedback": "More rank draws gradient to a layer, and the raw shares do not "
         "follow the scale rule as the parameterisation predicts",
         "both": "The scale rule moves the raw shares as the parameterisation predicts, and on top "

@@ -217,9 +217,13 @@ def _listed(contrasts: Sequence[Contrast]) -> str:
 def _tested(c: Contrast) -> str:
     assert c["low"] is not None and c["high"] is not None and c["p_holm"] is not None
     level = f" at {100 * c['confidence']:.4g} %" * (c["confidence"] != 0.95)
+    within = ""
+    if c["verdict"] == "equivalent":
+        # Two one-sided tests ask less than that the interval lie within the margin.
+        within = f"; of {100 * c['margin']:g} or more either way, p = {c['p_equivalent']:.2g}"
     return (
         f"{c['name']} is {100 * c['difference']:+.1f} points ({100 * c['low']:+.1f} to "
-        f"{100 * c['high']:+.1f}{level}, p = {c['p_holm']:.2g}, "
+        f"{100 * c['high']:+.1f}{level}, p = {c['p_holm']:.2g}{within}, "
         f"{len(c['per_seed'])} seeds, {c['df']:.3g} df)"
     )
 

@@ -65,6 +65,7 @@ def make_contrast(name, arm, per_seed, verdict="open", family="second"):
     found |= {"confidence": 0.95 if family == "primary" else 0.9833, "standard_error": 0.01}
     found |= {"low": difference - 0.025, "high": difference + 0.025, "p": 0.03, "p_holm": 0.2104}
     found |= {"margin": 0.02, "verdict": verdict, "detectable": 0.031}
+    found |= {"p_equivalent": 0.071, "equivalent_at": 0.05}
     return found | {"per_seed": per_seed, "fixed_models": fixed}
 
 
@@ -478,6 +479,7 @@ def test_what_is_not_finite_is_not_drawn(tmp_path):
         arm["reward"]["low"][4] = None
     for one in broken["contrasts"]:
         one |= dict.fromkeys(("low", "high", "p", "p_holm", "df", "detectable"))
+        one |= dict.fromkeys(("p_equivalent", "equivalent_at"))
     found = render(broken | {"residual": None}, tmp_path)
     assert not re.search(r"\b(None|nan|inf)\b", found.words + found.markdown)
     assert not missing(found, ["infinite", "not defined", "One seed"])

@@ -127,6 +127,10 @@ def test_the_verdict_follows_the_runs(tmp_path, proportional, head, said):
     # One primary contrast, unadjusted; one in the second family, so not adjusted either.
     assert all(c["p_holm"] == c["p"] for c in results["contrasts"])
     assert all((c["low"] <= 0 <= c["high"]) == (c["p_holm"] > 0.05) for c in results["contrasts"])
+    within = [c["p_equivalent"] <= c["equivalent_at"] for c in results["contrasts"]]
+    assert [c["verdict"] == "equivalent" for c in results["contrasts"]] == within
+    p = f"of 5 or more either way, p = {arm['versus']['p_equivalent']:.2g}"
+    assert (p in " ".join(results["verdict"])) == (said == "equivalent")
 
 
 def moving_study(root, shifts, **arms):

@@ -31,8 +31,10 @@ _INFERENCE = (
     "The run is the unit: accuracy = arm + seed + run, the runs' residual pooled over arms, and "
     "what the arms' own easy and hard items add; p and interval come from the same t. The primary "
     "difference is tested at the full level, 5 % or the look's, the others as a second family "
-    "under Holm, with intervals as wide as that asks. “p, these models” is the sign flip over "
-    "items: it says nothing about another run of the same arm."
+    "under Holm, with intervals as wide as that asks. “p of the margin” is of a true difference of "
+    "the margin or more, the larger of two one-sided tests: equivalent is what has at most the "
+    "level beside it. “p, these models” is the sign flip over items: it says nothing about another "
+    "run of the same arm."
 )
 _ONE_SEED = "One seed: nothing is known of another run, so there is no p and no interval."
 _SPEED = (

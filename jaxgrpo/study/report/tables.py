@@ -48,12 +48,14 @@ def seed_table(results: Results) -> Table:
 
 def contrast_table(results: Results) -> Table:
     headings = ("difference", "verdict", *_ESTIMATE, "p (Holm)", "p, these models")
-    headings += ("margin", "detectable")
+    headings += ("margin", "p of the margin", "needs", "detectable")
     rows = []
     for found in results["contrasts"]:
         holm = "primary" if found["family"] == "primary" else facts.p_value(found["p_holm"])
         size = found["detectable"]
         rest = (facts.p_value(found["fixed_models"]["p"]), f"±{100 * found['margin']:g}")
+        level = found["equivalent_at"]
+        rest += (facts.p_value(found["p_equivalent"]), NONE if level is None else f"≤ {level:.3f}")
         last = decimal(size and 100 * size, 1)
         rows.append((found["name"], found["verdict"], *_estimate(found), holm, *rest, last))
     return Table("Differences, the run being the unit", headings, rows, texts=2)
