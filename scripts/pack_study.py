@@ -6,8 +6,8 @@ The archive holds what `python -m jaxgrpo.run study RUN_DIR` needs to analyse th
 go on with it: settings, plans, design, summaries, metrics, norms, and of every evaluation the
 questions and verdicts. Left out are checkpoints, adapters, TensorBoard's files, reports and what
 the model wrote. Norms are rounded to 4 digits, and of an arm's the plain ones alone are kept; those
-of profiles, which plans are made from, are as they were. The same runs give the same bytes. Prints
-the runs that are finished.
+of profiles that plans are made from are as they were. The same runs give the same bytes. Prints the
+runs that are finished.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import yaml
 
 from jaxgrpo.records.run_directory import read_jsonl
 
@@ -48,20 +50,28 @@ def main() -> int:
 
 def files(root: Path) -> Iterator[tuple[str, bytes]]:
     """(name, content) of what is kept, in the order of names."""
+    study = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8")).get("study", {})
+    # Which views plans are made from: the settings say, and of equalised ones it is the weight.
+    exact = {study.get("allocation", {}).get("view", "l2"), "weight"}
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root)
         if path.is_file() and path.name != ".lock" and not LEFT_OUT & set(inside.parts):
-            yield str(inside), small(path, inside)
+            yield str(inside), small(path, inside, exact)
 
 
-def small(path: Path, inside: Path) -> bytes:
-    """A file's content as it is kept."""
+def small(path: Path, inside: Path, exact: set[str]) -> bytes:
+    """A file's content as it is kept; `exact`: the views of profiles that are not rounded."""
     if path.suffix == ".jsonl" and path.parent.name == "eval":
         return lines({k: v for k, v in x.items() if k not in TEXTS} for x in read_jsonl(path))
-    if path.name == "layer_grad_norms.jsonl" and inside.parts[0] != "profiles":
+    if path.name == "layer_grad_norms.jsonl":
         views = {"step", "l2"} if inside.parts[0] == "arms" else None
+        whole = exact if inside.parts[0] == "profiles" else set()
         return lines(
-            rounded({k: v for k, v in record.items() if views is None or k in views})
+            {
+                k: v if k in whole else rounded(v)
+                for k, v in record.items()
+                if not views or k in views
+            }
             for record in read_jsonl(path)
         )
     return path.read_bytes()

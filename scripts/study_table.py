@@ -1,12 +1,13 @@
-"""The tables of docs/study_qwen/README.md from a design's results.json.
+"""The tables of docs/study_qwen/README.md from the results.json of its three studies.
 
-python scripts/study_table.py docs/study_qwen/results.json
+python scripts/study_table.py docs/study_qwen
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from jaxgrpo.study.design import CELLS
 from jaxgrpo.study.paper import PAPER
 
 LETTERS = {"uniform": "U", "ranks_only": "N", "speeds_only": "D", "proportional": "P"}
+
+
+HOT, COLD = (15, 16, 17, 18, 27, 11), (26, 24, 25, 22, 23)
+"""Layers of arXiv 2605.07366's figure, the largest and the smallest shares first."""
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -31,8 +36,9 @@ def tables(results: dict[str, Any]) -> str:
     lines.append(f"| mean | | {' | '.join(means)} |")
     lines += [
         "",
-        "| contrast | difference | interval | p | verdict | change with twice the learning rate |",
-        "|---|---|---|---|---|---|",
+        "| contrast | difference | interval | p | margin, p outside it | verdict "
+        "| change with twice the learning rate |",
+        "|---|---|---|---|---|---|---|",
     ]
     slopes = {one["name"]: one for one in results["design"]["interactions"]}
     for contrast in results["contrasts"]:
@@ -40,38 +46,84 @@ def tables(results: dict[str, Any]) -> str:
         lines.append(
             f"| {contrast['name']} | {100 * contrast['difference']:+.1f} points "
             f"| {_at_its_level(contrast)} | {contrast['p_holm']:.2g} "
-            f"({contrast['df']:.3g} df) | {contrast['verdict']} "
+            f"({contrast['df']:.3g} df) | {100 * contrast['margin']:g} points, "
+            f"{contrast['p_equivalent']:.2g} (needs {contrast['equivalent_at']:.2g}) "
+            f"| {contrast['verdict']} "
             f"| {100 * slope['slope']:+.1f} ({_interval(slope)}) |"
         )
     return "\n".join(lines)
 
 
-def claims(results: dict[str, Any]) -> str:
-    """The paper's claims beside what this study has of them, as a Markdown table."""
+def ranks_table(results: dict[str, Any]) -> str:
+    """Uniform arms by rank, as a Markdown table."""
+    seeds = results["arms"][0]["seeds"]
+    columns = [f"seed {seed}" for seed in seeds]
+    lines = [
+        f"| rank | parameters | {' | '.join(columns)} | mean | less that of the largest |",
+        "|---|---|" + "---|" * len(seeds) + "---|---|",
+    ]
+    versus = {found["name"].split(" - ")[0]: found for found in results["contrasts"]}
+    for arm in results["arms"]:
+        runs = " | ".join(f"{accuracy:.1%}" for accuracy in arm["per_seed"])
+        less = ""
+        if found := versus.get(arm["name"]):
+            less = (
+                f"{100 * found['difference']:+.1f} points ({_at_its_level(found)}, "
+                f"p = {found['p_holm']:.2g}, {found['df']:.3g} df): {found['verdict']}"
+            )
+        lines.append(
+            f"| {arm['mean_rank']} | {arm['trainable_parameters']:,} | {runs} "
+            f"| {arm['accuracy']:.1%} | {less} |"
+        )
+    return "\n".join(lines)
+
+
+def landscape_table(results: dict[str, Any]) -> str:
+    """Profiles of both objectives: how unevenly each spreads the gradient, as a Markdown table."""
+    lines = [
+        "| profile | largest over smallest layer share | top 8 of 28 layers hold | early/late "
+        "correlation | the same of the frozen weight's gradient |",
+        "|---|---|---|---|---|",
+    ]
+    for profile in results["profiles"]:
+        raw, weight = (_spread(profile["views"][view]) for view in ("l2", "weight"))
+        lines.append(
+            f"| {profile['objective'].upper()} | {' | '.join(raw)} | {', '.join(weight)} |"
+        )
+    return "\n".join(lines)
+
+
+def claims(results: dict[str, Any], landscape: dict[str, Any]) -> str:
+    """The paper's claims beside what these studies have of them, as a Markdown table."""
     primary = results["contrasts"][0]
     spread = {found["run"]: found for found in results["spread"]}
     own = {run: found["own"][-1] for run, found in spread.items()}
     foretold = {run: found["foretold"]["value"] for run, found in spread.items()}
     uniform, seeds = spread["proportional"]["uniform"][-1], spread["proportional"]["seeds"]
-    profile = results["profiles"][0]
-    view = profile["views"]["l2"]
-    ratio = view["max_min"]
-    (landscape,) = (found for found in results["landscape"] if found["objective"] == "grpo")
-    top, alike = landscape["top_share"], landscape["early_late"]
-    over = f"{seeds} seeds, {profile['steps']} steps"
+    (found,) = (found for found in results["landscape"] if found["objective"] == "grpo")
+    top, alike = found["top_share"], found["early_late"]
+    profiles = {one["objective"]: one["views"]["l2"] for one in landscape["profiles"]}
+    steps = results["profiles"][0]["steps"]
+    over = f"{seeds} seeds, {steps} steps"
     theirs = PAPER["proportional"] - PAPER["uniform"]
     outside = not primary["low"] <= theirs <= primary["high"]
-    blocks = len(primary["per_seed"])
+    verdict = primary["verdict"]
+    if verdict == "equivalent":
+        verdict = f"does not hold here: equivalent within {100 * primary['margin']:g} points"
+    order = sorted(range(len(shares := profiles["grpo"]["share"])), key=lambda n: -shares[n])
+    hot, cold = order[: len(HOT)], order[: -len(COLD) - 1 : -1]
+    slope = {one["view"]: one for one in results["amplification"]}
+    drawn = next(x for x in results["amplification_verdict"] if x.startswith("Measured in "))
     rows = [
         (
             "Proportional ranks lose to uniform ones under GRPO",
             f"{PAPER['proportional']:.1%} against {PAPER['uniform']:.1%}: "
             f"{100 * theirs:+.1f} points (200 problems, 1 seed)",
             f"{100 * primary['difference']:+.1f} points ({_at_its_level(primary)}; "
-            f"{blocks} seeds, {results['arms'][0]['n_items']:,} problems, "
+            f"{len(primary['per_seed'])} seeds, {results['arms'][0]['n_items']:,} problems, "
             "`constant`)",
-            primary["verdict"] + f", but {100 * theirs:+.1f} lies outside the interval" * outside,
-            f"blocks {blocks + 1} to {results['design']['looks'][-1]['blocks']} of this study",
+            verdict + f", and {100 * theirs:+.1f} lies outside the interval" * outside,
+            "the paper's own ranks and number of steps, another profile's plan, another task",
         ),
         (
             "Random and reduced ranks lose more",
@@ -83,10 +135,11 @@ def claims(results: dict[str, Any]) -> str:
         (
             "GRPO's gradient is spread flatly over layers: largest over smallest share",
             f"{PAPER['max_min_uniform']:.2f} (and more than 10 quoted of supervised training)",
-            f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f} over the profile's "
-            f"steps); uniform runs {_ranged(uniform)} ({over})",
-            "flat here too, less so; against supervised training open",
-            "a supervised profile on the same questions",
+            f"GRPO {_ranged(profiles['grpo']['max_min'])}, supervised "
+            f"{_ranged(profiles['sft']['max_min'])} (a profile each, {steps} steps, intervals "
+            f"over steps); uniform GRPO runs {_ranged(uniform)} ({over})",
+            "flat under both, GRPO no flatter",
+            "supervised runs of more seeds; another data set",
         ),
         (
             "The top 30 % of layers hold a third of it; the map is stable from early to late",
@@ -95,6 +148,14 @@ def claims(results: dict[str, Any]) -> str:
             f"{alike['value']:.3f} ({alike['low']:.3f} to {alike['high']:.3f}) "
             f"(uniform runs, ranges over {over})",
             "stability holds; the share is larger here",
+            "another task",
+        ),
+        (
+            "Which layers have most and least",
+            f"{_layers(HOT)}; {_layers(COLD)}",
+            f"{_layers(hot)}; {_layers(cold)} (GRPO profile)",
+            f"holds for {len({*hot} & {*HOT})} of the {len(HOT)} hottest, "
+            f"{len({*cold} & {*COLD})} of the {len(COLD)} coldest",
             "another task",
         ),
         (
@@ -107,18 +168,34 @@ def claims(results: dict[str, Any]) -> str:
         (
             "... because rank draws gradient",
             "said to be a feedback",
-            "LoRA's algebra makes of the uniform runs "
-            f"{foretold['proportional']:.2f} (P), {foretold['speeds_only']:.2f} (D), "
-            f"{foretold['ranks_only']:.2f} (N), and seen are {own['proportional']['value']:.2f}, "
-            f"{own['speeds_only']['value']:.2f}, {own['ranks_only']['value']:.2f}: most where no "
-            "rank moved, least where P's ranks are at equal speeds",
-            "no sign of it; the test of drawn ranks is open",
-            "the probes",
+            f"by drawn ranks a share goes with rank to the power {_power(slope['l2'])}, where "
+            f"algebra alone makes 0.5, and the frozen weight's with {_power(slope['weight'])}, "
+            f"where it makes 0 ({drawn.removeprefix('Measured in ').rstrip('.')}, {steps} steps); "
+            f"of the uniform runs algebra makes {foretold['proportional']:.2f} (P), "
+            f"{foretold['speeds_only']:.2f} (D), {foretold['ranks_only']:.2f} (N), and seen are "
+            f"{own['proportional']['value']:.2f}, {own['speeds_only']['value']:.2f}, "
+            f"{own['ranks_only']['value']:.2f}",
+            "does not hold here: no feedback of 0.1 or more in the power",
+            "the other draws; longer training",
         ),
     ]
     heads = ("claim", "arXiv 2605.07366", "here", "verdict", "what would change it")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _spread(view: dict[str, Any]) -> tuple[str, str, str]:
+    top = view["top_share"]
+    held = f"{top['value']:.1%} ({top['low']:.1%} to {top['high']:.1%})"
+    return (_ranged(view["max_min"]), held, f"{view['early_late_correlation']:.3f}")
+
+
+def _layers(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _power(found: dict[str, Any]) -> str:
+    return f"{found['slope']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 def _interval(found: dict[str, Any]) -> str:
@@ -133,6 +210,13 @@ def _ranged(found: dict[str, float]) -> str:
     return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
+def read(root: Path) -> list[dict[str, Any]]:
+    """What the main study, that of ranks and that of the landscape found."""
+    paths = (root / part / "results.json" for part in ("", "ranks", "landscape"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
 if __name__ == "__main__":
-    record = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print(tables(record), claims(record), sep="\n\n")
+    main, ranks, landscape = read(Path(sys.argv[1]))
+    print(tables(main), ranks_table(ranks), landscape_table(landscape), sep="\n\n", end="\n\n")
+    print(claims(main, landscape))

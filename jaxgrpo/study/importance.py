@@ -109,7 +109,8 @@ class Importance:
     block: int
 
     def to_json(self, heatmap: np.ndarray) -> View:
-        """One view of a profile, as the report reads it; `heatmap` are the norms [L, T]."""
+        """One view of a profile, as the report reads it; `heatmap` are the norms [L, T], of which
+        a picture shows no more than four digits."""
         early_late = self.early_late_correlation
         top: TopShare = {
             "fraction": self.fraction,
@@ -125,7 +126,7 @@ class Importance:
             "max_min": _range(self.max_min),
             "top_share": top,
             "early_late_correlation": None if early_late is None else early_late.value,
-            "heatmap": heatmap.tolist(),
+            "heatmap": [[float(f"{norm:.4g}") for norm in layer] for layer in heatmap],
         }
 
 

@@ -72,4 +72,3 @@ def paper_rows(
 
 def _row(quantity: str, paper: str, ours: str, note: str) -> PaperRow:
     return {"quantity": quantity, "paper": paper, "ours": ours, "note": note}
-

@@ -216,8 +216,9 @@ def _profile(files: StudyFiles, objective: str) -> Profile | None:
 
 
 def _base(config: StudyConfig, files: StudyFiles) -> Base | None:
-    metrics = read_json(files.arm(list_arms(config)[0]) / "eval" / "step_000000.json")
-    if not metrics:
+    paths = (files.arm(arm) / "eval" / "step_000000.json" for arm in list_arms(config))
+    metrics = next(filter(None, map(read_json, paths)), None)
+    if metrics is None:
         return None
     return {
         "accuracy": metrics["eval/accuracy"],

@@ -204,13 +204,14 @@ def is_done(config: Config) -> bool:
     """Whether this very run has finished; read without jax, so that a report is quick.
 
     It is known by its settings, those of its evaluation included, and by its ranks, wherever the
-    study lies.
+    study lies and whichever run evaluated the base model.
     """
     run = RunDirectory(config.run_dir)  # type: ignore[arg-type]
     if not run.summary.is_file():
         return False
     recorded = read_recorded(run.config)
-    if recorded is None or identity(recorded, "lora.plan") != identity(config, "lora.plan"):
+    free = ("lora.plan", "eval.before_training")
+    if recorded is None or identity(recorded, *free) != identity(config, *free):
         return False
     start = json.loads(run.summary.read_text(encoding="utf-8")).get("start_ranks")
     if start is None or config.lora.plan is None:

@@ -35,9 +35,12 @@ def question(config: StudyConfig) -> str:
         )
     if len(config.mean_ranks) > 1:
         asked.append("does accuracy depend on the rank at all")
-    return (
-        f"At {budget} per adapter: {', '.join(asked)}, and does a layer's rank draw gradient to it?"
-    )
+    if len(config.study.profile.objectives) > 1:
+        asked.append("does GRPO spread its gradient over layers as SFT does")
+    if config.study.probe.scale_rules:
+        asked.append("does a layer's rank draw gradient to it")
+    *others, last = asked or ["how is the gradient spread over layers"]
+    return f"At {budget} per adapter: {', '.join(others)}{', and ' if others else ''}{last}?"
 
 
 def verdict(
@@ -52,6 +55,10 @@ def verdict(
     "No" needs every arm to be worse or its interval to end below the margin; what is neither shown
     to differ nor to be equivalent is called open.
     """
+    if {arm["plan"] for arm in arms} == {"uniform"} and len(
+        {arm["mean_rank"] for arm in arms}
+    ) == 1:
+        return ["Nothing is compared: every arm has the same rank everywhere."]
     if not contrasts:
         return ["No arm is finished together with its uniform reference yet."]
     if residual is None:
@@ -170,7 +177,7 @@ def design_verdict(design: DesignResult, contrasts: Sequence[Contrast]) -> list[
     last = design["looks"][-1]["blocks"]
     after = f"after {look['blocks']} of {last} blocks"
     head = (
-        f"Decided {after}: the study ends here."
+        f"Decided {after}: proportional ranks are {_than_uniform(contrasts[0])}."
         if look["decided"]
         else f"Ended {after}, with what is open left open."
         if look["blocks"] == last
@@ -182,6 +189,12 @@ def design_verdict(design: DesignResult, contrasts: Sequence[Contrast]) -> list[
         f"p <= {look['equivalent_at']:.4f}.",
     ]
     return sentences + [f"{c['verdict'].capitalize()}: {_tested(c)}." for c in contrasts]
+
+
+def _than_uniform(primary: Contrast) -> str:
+    if primary["verdict"] == "equivalent":
+        return f"equivalent to uniform ones within {100 * primary['margin']:g} points"
+    return f"{primary['verdict']} than uniform ones"
 
 
 def _headline(plans: Sequence[Contrast]) -> str:

@@ -123,7 +123,7 @@ def test_a_look_is_reported_and_nothing_is_trained(tmp_path, capsys):
     assert main(words) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "Decided after 3 of 5 blocks: the study ends here." in said
+        "Decided after 3 of 5 blocks: proportional ranks are worse than uniform ones." in said
         and "proportional - uniform" in said
     )
     results = json.loads(StudyFiles(config.run_dir).results.read_text())

@@ -21,7 +21,7 @@ def make_run(root, name, verdict):
         "extracted": ["2"],
     }
     (run / "eval" / "step_000001.jsonl").write_text(json.dumps(record | {"correct": [verdict]}))
-    norms = {"step": 1, "l2": {"q_proj": {"a": [0.123456789]}}, "rms": {"q_proj": {"a": [1.0]}}}
+    norms = {view: {"q_proj": {"a": [0.123456789]}} for view in ("l2", "rms")} | {"step": 1}
     (run / "layer_grad_norms.jsonl").write_text(json.dumps(norms) + "\n")
 
 
@@ -50,6 +50,7 @@ def test_verdicts_and_norms_are_kept_and_texts_and_weights_are_not(tmp_path, mon
         return read_jsonl(again / name / "layer_grad_norms.jsonl")[0]
 
     assert norms("profiles/grpo")["l2"]["q_proj"]["a"] == [0.123456789]
+    assert norms("profiles/grpo")["rms"]["q_proj"]["a"] == [0.1235]
     assert norms("probes/uniform-1")["l2"]["q_proj"]["a"] == [0.1235]
     assert "rms" in norms("probes/uniform-1") and set(norms("arms/uniform-r4-s1")) == {"step", "l2"}
     # The same runs, packed from another place, are the same bytes.
