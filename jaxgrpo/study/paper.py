@@ -38,9 +38,10 @@ def paper_rows(
         entry = next((a for a in arms if a["plan"] == plan and a["accuracy"] is not None), None)
         ours = "not measured" if entry is None else f"{entry['accuracy']:.1%}"
         rows.append(_row(f"accuracy, {plan}", f"{PAPER[plan]:.1%} (n = 200, 1 seed)", ours, same))
-    first = {
-        runs[0].plan: name for name, runs in reversed(groups.items()) if runs[0].objective == "grpo"
-    }
+    first: dict[str, str] = {}
+    for name, runs in groups.items():
+        if runs[0].objective == "grpo":
+            first.setdefault(runs[0].plan, name)
     uniform = next((one for one in landscape if one["run"] == first.get("uniform")), None)
     other = next((one for one in spread if one["run"] == first.get("proportional")), None)
     for plan, found, ratios, note in (

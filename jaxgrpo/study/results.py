@@ -79,7 +79,7 @@ def collect_results(config: StudyConfig) -> Results:
     ]
     probes, norms = Probes(config, files), cache(finished_norms)
     slopes = probes.slopes()
-    spread, landscape = (f(groups, files, norms) for f in (layer_spread, landscapes))
+    spread, landscape = layer_spread(groups, files, norms), landscapes(groups, files, norms)
     smallest = None if layout is None else detectable(planned, answers, layout)
     trend = _rank_trend(config, groups, answers, layout)
     residual = None if layout is None else _residual(layout)
