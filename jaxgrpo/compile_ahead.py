@@ -29,7 +29,9 @@ from jaxgrpo.train_batches import gold_rollout, pack_batch
 from jaxgrpo.types import FINISH_LENGTH, Rollout, TrainBatch
 
 
-def compile_ahead(session: Session, programs: Programs, *, evaluates: bool) -> Programs:
+def compile_ahead(
+    session: Session, programs: Programs, *, evaluates: bool, track_sensitivity: bool = False
+) -> Programs:
     """The same programs, which compile from now on; the session need not be loaded.
 
     Args:
@@ -37,6 +39,7 @@ def compile_ahead(session: Session, programs: Programs, *, evaluates: bool) -> P
         programs: what some of them compiled ahead before, for other arms, they keep.
         evaluates: whether the run begins with an evaluation; that of a later one would only delay
             the first step.
+        track_sensitivity: as of `loop.start_run`.
     """
     # With programs on the disk it is lowering that takes long, Python's work, which threads do not
     # share: one program after the other, as the run calls them. Without, the longest compilation
@@ -47,7 +50,7 @@ def compile_ahead(session: Session, programs: Programs, *, evaluates: bool) -> P
     lowering = ThreadPoolExecutor(1 if in_order else 4, thread_name_prefix="compile")
     compiling = ThreadPoolExecutor(4, thread_name_prefix="compile") if in_order else None
     config, arms = session.config, programs.arms
-    state = init_train_state(session.init_lora(), programs.optimizer)
+    state = init_train_state(session.init_lora(), programs.optimizer, track_sensitivity)
     adapters = session.adapters(state.lora)
 
     def start(name: str, function: Any, arguments: Callable[[], tuple]) -> Future:

@@ -79,7 +79,12 @@ def train_session(
 
 
 def train_arms(
-    sessions: Sequence[Session], programs: Programs, console: Console
+    sessions: Sequence[Session],
+    programs: Programs,
+    console: Console,
+    *,
+    replans: Sequence[Replan | None] = (),
+    track_sensitivity: bool = False,
 ) -> list[TrainResult | Exception]:
     """`train_session` of several arms in the same programs, each as if it were alone: what one
     ends with, an error of its own included, does not touch the others. Of several processes, an
@@ -89,11 +94,20 @@ def train_arms(
         sessions: at most `programs.arms`, that differ in seed, plan, scale rule, learning rate and
             run_dir alone.
         console: shows the progress of the first.
+        replans: of each what moves its ranks (`start_run`); none stands for none of any.
+        track_sensitivity: of all of them, as of `start_run`.
     """
     quiet = Console(quiet=True)
     with stop_requested() as stopping:
         runs = [
-            start_run(session, programs, quiet if number else console, stopping)
+            start_run(
+                session,
+                programs,
+                quiet if number else console,
+                stopping,
+                replan=replans[number] if replans else None,
+                track_sensitivity=track_sensitivity,
+            )
             for number, session in enumerate(sessions)
         ]
         return drive(runs, programs)

@@ -7,7 +7,7 @@ on and a finished one only rebuilds its report, without jax.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +22,6 @@ from jaxgrpo.records.run_directory import (
 )
 from jaxgrpo.study.config import (
     Arm,
-    Interrupted,
     StudyConfig,
     StudyFiles,
     list_arms,
@@ -47,11 +46,12 @@ from jaxgrpo.study.runs import (
     plan_name,
     probe_config,
     profile_config,
+    raise_first,
     split_rounds,
     stages,
     write_plan,
 )
-from jaxgrpo.study.sections import DYNAMIC, FROM_CALIBRATION
+from jaxgrpo.study.sections import DYNAMIC, FROM_CALIBRATION, MEASURED
 from jaxgrpo.study.spending import check_budgets, check_spent
 
 
@@ -286,7 +286,13 @@ class Runner:
         arms, configs = list_arms(self.config), arm_configs(self.config)
         names = ", ".join(arms[n].name for n in group.numbers)
         title = f"{len(group.numbers)} of {len(arms)} arms side by side: {names}"
-        results = self.lab.run_arms(title, [configs[n] for n in group.numbers], group.slots)
+        results = self.lab.run_arms(
+            title,
+            [configs[n] for n in group.numbers],
+            group.slots,
+            replans=[self._replan(n) for n in group.numbers],
+            track_sensitivity=arms[group.numbers[0]].plan in MEASURED,
+        )
         ended: dict[str, Any] = {}
         for number, result in zip(group.numbers, results, strict=True):
             name = arms[number].name
@@ -307,19 +313,23 @@ class Runner:
         arms = list_arms(self.config)
         arm, config = arms[number], arm_configs(self.config)[number]
         title = f"arm {number + 1} of {len(arms)}: {arm.name}"
-        if arm.plan in DYNAMIC:
-            from jaxgrpo.study.dynamic import make_replan
+        measured = arm.plan in MEASURED
+        try:
+            self.lab.run(title, config, replan=self._replan(number), track_sensitivity=measured)
+        except DivergedError as error:
+            if self.config.study.design is None:
+                raise
+            self._note_diverged(arm, error)
 
-            replan = make_replan(self.config, arm, config, self.planner.shapes)
-            sensitivity = arm.plan == "adalora"
-            self.lab.run(title, config, replan=replan, track_sensitivity=sensitivity)
-        elif self.config.study.design is None:
-            self.lab.run(title, config)
-        else:
-            try:
-                self.lab.run(title, config)
-            except DivergedError as error:
-                self._note_diverged(arm, error)
+    def _replan(self, number: int) -> Any:
+        """What moves the ranks of one of `list_arms`; None of a plan that stays."""
+        arm = list_arms(self.config)[number]
+        if arm.plan not in DYNAMIC:
+            return None
+        from jaxgrpo.study.dynamic import make_replan
+
+        run = arm_configs(self.config)[number]
+        return make_replan(self.config, arm, run, self.planner.shapes)
 
     def cuts(self) -> None:
         """Cuts and evaluates the adapter of every uniform arm, as study.cuts says."""
@@ -329,17 +339,3 @@ class Runner:
                 if not is_done(config):
                     title = f"cut: {arm.name} to {share:g} of its {criterion}"
                     self.lab.cut(title, config, self.files.arm(arm), {criterion: share})
-
-
-def raise_first(ended: Mapping[str, Any]) -> None:
-    """Raises what the first failed with of runs that were trained side by side, all of which have
-    ended; name -> what `train_arms` gave of it.
-
-    Raises:
-        Interrupted: it was stopped early.
-    """
-    for name, result in ended.items():
-        if isinstance(result, Exception):
-            raise result
-        if result.interrupted:
-            raise Interrupted(name)

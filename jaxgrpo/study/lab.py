@@ -70,9 +70,11 @@ class Lab:
             self._session, self._loaded = self.described.load(self._console), True
         return self.described
 
-    def programs(self, session: Session, arms: int = 1) -> Programs:
+    def programs(
+        self, session: Session, arms: int = 1, track_sensitivity: bool = False
+    ) -> Programs:
         """Compiled programs for a session's configuration; plans, seeds, rules, learning
-        rates and numbers of steps share them."""
+        rates and numbers of steps share them. The first that take so many arms compile ahead."""
         config = session.config
         arms = session.model_config.device.arm_slots(arms)
         optim = dataclasses.replace(config.optim, learning_rate=1.0)
@@ -89,7 +91,10 @@ class Lab:
                     logprobs=known[-1].logprobs,
                 )
             if arms not in {of_others.arms for of_others in known}:
-                made = compile_ahead(session, made, evaluates=config.eval.before_training)
+                evaluates = config.eval.before_training
+                made = compile_ahead(
+                    session, made, evaluates=evaluates, track_sensitivity=track_sensitivity
+                )
             self._programs[key] = made
         return self._programs[key]
 
@@ -109,7 +114,9 @@ class Lab:
         """
         self._console.rule(f"[bold]{title}", align="left")
         with jax.set_mesh(self.described.mesh):
-            programs = self.programs(self.described.with_config(config))
+            programs = self.programs(
+                self.described.with_config(config), track_sensitivity=track_sensitivity
+            )
             result = train_session(
                 self.session.with_config(config),
                 programs,
@@ -136,14 +143,27 @@ class Lab:
         return found
 
     def run_arms(
-        self, title: str, configs: Sequence[Config], slots: int
+        self,
+        title: str,
+        configs: Sequence[Config],
+        slots: int,
+        *,
+        replans: Sequence[Replan | None] = (),
+        track_sensitivity: bool = False,
     ) -> list[TrainResult | Exception]:
         """`run` of several arms in the same programs, which have room for `slots`."""
         self._console.rule(f"[bold]{title}", align="left")
         with jax.set_mesh(self.described.mesh):
-            programs = self.programs(self.described.with_config(configs[0]), slots)
+            first = self.described.with_config(configs[0])
+            programs = self.programs(first, slots, track_sensitivity)
             sessions = [self.session.with_config(config) for config in configs]
-            return train_arms(sessions, programs, self._console)
+            return train_arms(
+                sessions,
+                programs,
+                self._console,
+                replans=replans,
+                track_sensitivity=track_sensitivity,
+            )
 
     def cut(self, title: str, config: Config, source: Path, amount: Mapping[str, float]) -> None:
         """Evaluates what `compress` leaves of the adapter that a finished run ended with.

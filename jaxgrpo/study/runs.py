@@ -17,12 +17,13 @@ from jaxgrpo.identity import decode_recorded, first_difference, identity, read_r
 from jaxgrpo.records.run_directory import RunDirectory, atomic_write_json
 from jaxgrpo.study.config import (
     Arm,
+    Interrupted,
     StudyConfig,
     StudyFiles,
     list_arms,
     scaled_lora,
 )
-from jaxgrpo.study.sections import DYNAMIC
+from jaxgrpo.study.sections import MEASURED
 
 
 def has_plan_file(arm: Arm) -> bool:
@@ -163,11 +164,14 @@ def alike_runs(configs: Sequence[Config]) -> list[list[int]]:
 def alike_arms(config: StudyConfig, numbers: Sequence[int]) -> list[list[int]]:
     """These of `list_arms`, those that may be trained side by side in one list."""
     arms, configs = list_arms(config), arm_configs(config)
-    # Ranks that move during training have programs of their own.
-    moved = [[n] for n in numbers if arms[n].plan in DYNAMIC]
-    fixed = [n for n in numbers if arms[n].plan not in DYNAMIC]
-    alike = alike_runs([configs[n] for n in fixed])
-    return [[fixed[place] for place in places] for places in alike] + moved
+    found: list[list[int]] = []
+    # Statistics are part of the state that a program takes.
+    for measured in (False, True):
+        kind = [n for n in numbers if (arms[n].plan in MEASURED) == measured]
+        found += [
+            [kind[place] for place in alike] for alike in alike_runs([configs[n] for n in kind])
+        ]
+    return found
 
 
 class Round(NamedTuple):
@@ -217,6 +221,20 @@ def is_done(config: Config) -> bool:
     if start is None or config.lora.plan is None:
         return True
     return start == json.loads(Path(config.lora.plan).read_text(encoding="utf-8"))["ranks"]
+
+
+def raise_first(ended: Mapping[str, Any]) -> None:
+    """Raises what the first failed with of runs that were trained side by side, all of which have
+    ended; name -> what `train_arms` gave of it.
+
+    Raises:
+        Interrupted: it was stopped early.
+    """
+    for name, result in ended.items():
+        if isinstance(result, Exception):
+            raise result
+        if result.interrupted:
+            raise Interrupted(name)
 
 
 def read_profile_model(config: StudyConfig) -> dict | None:

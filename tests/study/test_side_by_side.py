@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -12,12 +13,13 @@ from rich.console import Console
 
 from jaxgrpo.ahead.memory import fitting_arms, foretell
 from jaxgrpo.ahead.shapes import remat_of_run
+from jaxgrpo.checkpoint import read_adapter
 from jaxgrpo.config import Config, GrpoConfig, RolloutConfig
 from jaxgrpo.config_files import load_config
 from jaxgrpo.devices import Device
 from jaxgrpo.model.presets import PRESETS
 from jaxgrpo.rank_plan import make_rank_plan
-from jaxgrpo.records.run_directory import read_jsonl
+from jaxgrpo.records.run_directory import RunDirectory, read_jsonl
 from jaxgrpo.run import main
 from jaxgrpo.study.arms import Runner
 from jaxgrpo.study.config import StudyConfig, list_arms
@@ -87,6 +89,32 @@ def test_arms_have_the_runs_that_they_would_have_alone(studies):
         assert sorted(path.name for path in together.iterdir()) == names
 
 
+def test_ranks_move_side_by_side_as_they_do_alone(studies, tmp_path):
+    """AdaLoRA's, PARA's and its control's, beside a uniform arm; and what they end with."""
+    settings = SETTINGS | {"steps": 4, "eval": {"after_training": False, "problems": 16}}
+    plans = ["uniform", "adalora", "para", "uniform_cut"]
+    arms = {"plans": plans, "scale_rules": ["constant"], "seeds": [0, 1]}
+    settings["study"] = SETTINGS["study"] | {"arms": arms}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
+    asked = ["uniform-r2-s0", "para-constant-r2-s0", "uniform_cut-constant-r2-s0"]
+    asked += [f"adalora-constant-r2-s{seed}" for seed in (0, 1)]
+    for name, together in (("one", 1), ("some", 3)):
+        shutil.copytree(studies[0] / "profiles", tmp_path / name / "profiles")
+        words = [str(tmp_path / "study.yaml"), f"run_dir={tmp_path / name}"]
+        only = ",".join(["prepare", *asked])
+        assert main(["study", *words, f"study.together={together}", f"study.only=[{only}]"]) == 0
+    one, some = (sorted((tmp_path / name / "arms").iterdir()) for name in ("one", "some"))
+    assert [path.name for path in one] == [path.name for path in some] and len(one) == 5
+    for alone, together in zip(one, some, strict=True):
+        plans = [
+            json.loads((path / "summary.json").read_text())["plan"] for path in (alone, together)
+        ]
+        assert plans[0] == plans[1]
+        saved = [read_adapter(RunDirectory(path).checkpoints) for path in (alone, together)]
+        for mine, theirs in zip(*(jax.tree.leaves(x.lora) for x in saved), strict=True):
+            assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs)
+
+
 def test_probes_have_the_norms_that_they_would_have_alone(studies, tmp_path):
     found = {}
     # Two draws at once, each a run at its ranks and, of the second, one at uniform ranks; then the
@@ -128,37 +156,39 @@ def test_what_may_share_programs(tmp_path):
 @pytest.mark.parametrize(
     ("together", "fit", "places", "sizes"),
     [
-        (1, 16, 1, [1] * 9),
-        (3, 16, 1, [3, 3, 1, 1, 1]),
+        (1, 16, 1, [1] * 8),
+        # adalora's two, which keep statistics, by themselves.
+        (3, 16, 1, [3, 3, 2]),
         # Even rounds, which the same programs train.
-        (4, 16, 1, [3, 3, 1, 1, 1]),
-        (None, 16, 1, [6, 1, 1, 1]),
-        (None, 5, 1, [3, 3, 1, 1, 1]),
+        (4, 16, 1, [3, 3, 2]),
+        (None, 16, 1, [6, 2]),
+        (None, 5, 1, [3, 3, 2]),
         # Every worker of a cluster has some, unless the user says how many go together.
-        (None, 16, 2, [3, 3, 1, 1, 1]),
-        (None, 16, 4, [2, 2, 2, 1, 1, 1]),
-        (None, 16, 9, [1] * 9),
-        (6, 16, 9, [6, 1, 1, 1]),
+        (None, 16, 2, [3, 3, 1, 1]),
+        (None, 16, 4, [2, 2, 2, 1, 1]),
+        (None, 16, 9, [1] * 8),
+        (6, 16, 9, [6, 2]),
     ],
 )
 def test_the_rounds_of_a_study(tmp_path, monkeypatch, together, fit, places, sizes):
     monkeypatch.setattr("jaxgrpo.study.lab.Lab.together", lambda self, config, most: min(fit, most))
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(SETTINGS))
-    words = [f"run_dir={tmp_path}", "study.arms.seeds=[0,1,2]"]
+    words = [f"run_dir={tmp_path}", "study.arms.plans=[uniform,proportional,adaptive,adalora]"]
     words += [] if together is None else [f"study.together={together}"]
     config = load_config([tmp_path / "study.yaml"], words, StudyConfig)
-    rounds = Runner(config, Console(quiet=True)).rounds(range(9), places)
+    rounds = Runner(config, Console(quiet=True)).rounds(range(8), places)
     assert sorted(len(group.numbers) for group in rounds) == sizes[::-1]
-    assert sorted(number for group in rounds for number in group.numbers) == list(range(9))
-    arms = list_arms(config)
+    assert sorted(number for group in rounds for number in group.numbers) == list(range(8))
+    arms, slots = list_arms(config), {}
     for group in rounds:
-        if len(group.numbers) > 1:
-            assert "adaptive" not in {arms[n].plan for n in group.numbers}
-            assert group.slots == max(sizes)
+        (measured,) = {arms[n].plan == "adalora" for n in group.numbers}
+        slots.setdefault(measured, set()).add(group.slots)
+    # Rounds of a kind have one program.
+    assert slots == {False: {sizes[0]}, True: {sizes[-1]}}
 
 
 def test_a_dry_run_tells_the_rounds(monkeypatch, capsys):
-    study = ["study.arms.plans=[uniform,proportional,adaptive]", "study.arms.seeds=[0,1,2]"]
+    study = ["study.arms.plans=[uniform,adaptive,adalora]", "study.arms.seeds=[0,1,2]"]
 
     def told(*words):
         assert main(["sweep", "mesh.data=1", *study, *words, "--dry-run"]) == 0
@@ -171,12 +201,12 @@ def test_a_dry_run_tells_the_rounds(monkeypatch, capsys):
         ]
 
     said = told("study.together=4")
-    for row in rows((6, "unknown", 3, 2), (1, "unknown", 1, 3)):
+    for row in rows((6, "unknown", 3, 2), (3, "unknown", 3, 1)):
         assert re.search(row, said), said
-    assert "5 rounds of 40 steps" in said and "warning" not in said
+    assert "3 rounds of 40 steps" in said and "warning" not in said
     monkeypatch.setattr("jaxgrpo.devices._memory", lambda device, name: 150 * 2**20)
     said = told()
-    for row in rows((6, 3, 3, 2), (1, 1, 1, 3)):
+    for row in rows((6, 3, 3, 2), (3, 3, 3, 1)):
         assert re.search(row, said), said
     assert "warning" not in said
     said = told("study.together=6")
