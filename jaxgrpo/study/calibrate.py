@@ -24,6 +24,9 @@ from jaxgrpo.train_batches import gold_rollout, make_train_batch
 from jaxgrpo.types import PromptBatch, Rollout, TrainBatch, Tree
 
 
+ITERATIONS = 16
+
+
 def calibrate(
     lab: Lab, batches: int, components: int, objective: Objective
 ) -> dict[str, dict[str, list]]:
@@ -58,7 +61,8 @@ def _calibrate(session: Session, lab: Lab, batches: int, components: int) -> dic
         moments = {m: {**moments[m], "count": jnp.sum(mask)} for m in session.plan.modules}
         return fim, kernel_grads, moments  # type: ignore[return-value]
 
-    add = jax.jit(functools.partial(jax.tree.map, jnp.add))
+    # Second moments and the weights' gradient are gigabytes of a large model.
+    add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
     lora, programs = session.init_lora(), lab.programs(session)
     total = None
     for step in range(batches):
@@ -109,12 +113,33 @@ def _used_mean(gradient: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def explained_variance(moments: Tree, components: int) -> np.ndarray:
-    """[L, components]: the largest eigenvalues of the inputs' covariance over its trace."""
-    ratios = []
-    count = float(moments["count"])
-    for total, outer in zip(np.asarray(moments["sum"]), np.asarray(moments["outer"]), strict=True):
-        mean = np.asarray(total, np.float64) / count
-        covariance = np.asarray(outer, np.float64) / count - np.outer(mean, mean)
-        values = np.linalg.eigvalsh(covariance)[::-1].clip(min=0)
-        ratios.append(values[:components] / values.sum())
-    return np.array(ratios)
+    """[L, components]: the largest eigenvalues of the inputs' covariance over its trace.
+
+    By orthogonal iteration with a Rayleigh-Ritz step (Golub and Van Loan 2013, Matrix Computations,
+    section 8.2.4), in twice as many directions and some: an eigenvalue errs by a part of the
+    (next left out / own) ** (2 * ITERATIONS). All of a down projection's would take minutes a layer.
+    """
+    return np.asarray(_leading(moments["sum"], moments["outer"], moments["count"], components))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _leading(total: jax.Array, outer: jax.Array, count: jax.Array, components: int) -> jax.Array:
+    width = min(2 * components + 16, outer.shape[-1])
+    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+    def of_layer(moments: tuple[jax.Array, jax.Array]) -> jax.Array:
+        mean, second = moments[0] / count, moments[1]
+
+        def covariance_times(x: jax.Array) -> jax.Array:
+            return exact(second, x) / count - jnp.outer(mean, exact(mean, x))
+
+        def turn(_: int, q: jax.Array) -> jax.Array:
+            return jnp.linalg.qr(covariance_times(q))[0]
+
+        start = jax.random.normal(jax.random.key(0), (len(mean), width))
+        q = jax.lax.fori_loop(0, ITERATIONS, turn, jnp.linalg.qr(start)[0])
+        values = jnp.linalg.eigvalsh(exact(q.T, covariance_times(q)))[::-1]
+        trace = jnp.trace(second) / count - jnp.sum(mean * mean)
+        return values[:components].clip(min=0) / trace
+
+    return jax.lax.map(of_layer, (total, outer))

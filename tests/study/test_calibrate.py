@@ -107,3 +107,16 @@ def test_input_moments_match_what_transformers_feeds_each_projection(tmp_path):
         covariance = np.cov(rows.T, bias=True)
         expected = np.sort(np.linalg.eigvalsh(covariance))[::-1][:3] / np.trace(covariance)
         np.testing.assert_allclose(explained_variance(moments, 3)[0], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("inputs", [300, 40])
+def test_the_largest_eigenvalues_are_found_without_the_others(inputs):
+    """Against all of LAPACK's, for eigenvalues that fall as slowly as 1 / rank; within 1e-3."""
+    rng = np.random.default_rng(0)
+    turned, _ = np.linalg.qr(rng.normal(size=(inputs, inputs)))
+    x = rng.normal(size=(2000, inputs)) / np.sqrt(np.arange(1, inputs + 1)) @ turned.T + 1
+    moments = {"sum": x.sum(0)[None], "outer": (x.T @ x)[None], "count": len(x)}
+    covariance = np.cov(x.T, bias=True)
+    expected = np.linalg.eigvalsh(covariance)[::-1][:32] / np.trace(covariance)
+    found = explained_variance(jax.tree.map(jnp.float32, moments), 32)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-3)
