@@ -23,7 +23,6 @@ from jaxgrpo.tasks.texts import completion_texts
 from jaxgrpo.train_batches import gold_rollout, make_train_batch
 from jaxgrpo.types import PromptBatch, Rollout, TrainBatch, Tree
 
-
 ITERATIONS = 16
 
 
