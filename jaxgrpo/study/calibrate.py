@@ -24,6 +24,7 @@ from jaxgrpo.train_batches import gold_rollout, make_train_batch
 from jaxgrpo.types import PromptBatch, Rollout, TrainBatch, Tree
 
 ITERATIONS = 16
+"""Of the search for the largest eigenvalues."""
 
 
 def calibrate(
@@ -115,8 +116,8 @@ def explained_variance(moments: Tree, components: int) -> np.ndarray:
     """[L, components]: the largest eigenvalues of the inputs' covariance over its trace.
 
     By orthogonal iteration with a Rayleigh-Ritz step (Golub and Van Loan 2013, Matrix Computations,
-    section 8.2.4), in twice as many directions and some: an eigenvalue errs by a part of the
-    (next left out / own) ** (2 * ITERATIONS). All of a down projection's would take minutes a layer.
+    section 8.2.4), in twice as many directions and some: an eigenvalue errs by a part of
+    (the first left out / it) ** (2 * ITERATIONS). All of a down projection's would take minutes.
     """
     return np.asarray(_leading(moments["sum"], moments["outer"], moments["count"], components))
 
