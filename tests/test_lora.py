@@ -1,6 +1,7 @@
 """Masked variable-rank LoRA: what masking, merging and the scale rules must mean."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -19,6 +20,8 @@ from jaxgrpo.model.api import (
     make_decode_weights,
     prefill,
 )
+from jaxgrpo.model.lora import plan_collection
+from jaxgrpo.model.qwen import Qwen
 from jaxgrpo.rank_plan import RankPlan
 from jaxgrpo.types import Adapters
 
@@ -148,3 +151,29 @@ def test_the_sampler_carries_scale_times_a_times_b(rule):
         )
     ]
     chex.assert_trees_all_close(*outputs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("remat", ["none", "products"])
+def test_layers_that_are_written_out_compute_what_the_loop_does(monkeypatch, remat):
+    """Outputs, and gradients by adapters and kernels."""
+    adapters = Adapters(_noisy(init_lora(CONFIG, _plan(), jax.random.key(2))), device_plan(_plan()))
+    tokens = jnp.asarray(TOKENS)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    def loss(lora, kernels):
+        layers = {
+            name: leaves | kernels.get(name, {}) for name, leaves in _base()["layers"].items()
+        }
+        plan = {"layers": plan_collection(adapters.plan)}
+        variables = {"params": _base() | {"layers": layers}, "lora": {"layers": lora}, "plan": plan}
+        hidden: Any = Qwen(CONFIG, remat).apply(variables, tokens, positions, None)
+        return jnp.mean(jnp.sin(hidden)), hidden
+
+    def found():
+        by = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        kernels = {name: {"kernel": _base()["layers"][name]["kernel"]} for name in MODULES}
+        return jax.jit(by)(adapters.lora, kernels)
+
+    in_a_loop = found()
+    monkeypatch.setattr("jaxgrpo.model.qwen.unroll_layers", lambda *_: True)
+    chex.assert_trees_all_close(found(), in_a_loop, rtol=1e-5, atol=1e-6)

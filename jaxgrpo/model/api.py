@@ -29,7 +29,7 @@ from jaxgrpo.model.qwen import Qwen, join_adapters
 from jaxgrpo.model.remat import remat_of_batch
 from jaxgrpo.model.rms_norm import rms_norm
 from jaxgrpo.model.sampler import Linear, decode_layer, prefill_layer, sampler_layer
-from jaxgrpo.types import Adapters, Packing, Tree
+from jaxgrpo.types import Adapters, Packing, Tree, unstack_layers
 
 __all__ = [
     "PRESETS",
@@ -217,13 +217,11 @@ def make_decode_weights(
     arms = adapters if isinstance(adapters, tuple) else (adapters,) if adapters else ()
 
     def sampler_layers(stored: Tree, arms: tuple[Tree, ...]) -> tuple[Tree, ...]:
+        of_layers = unstack_layers(stored, config.num_layers)
+        of_arms = unstack_layers(arms or ({}, {}), config.num_layers, axis=1)
         return tuple(
-            sampler_layer(
-                config.of_shard,
-                jax.tree.map(lambda x, i=i: x[i], stored),
-                *jax.tree.map(lambda x, i=i: x[:, i], arms or ({}, {})),
-            )
-            for i in range(config.num_layers)
+            _sampler_layer(config.of_shard, layer, *adapters)
+            for layer, adapters in zip(of_layers, of_arms, strict=True)
         )
 
     of_arms = tuple(zip(*((arm.lora, plan_collection(arm.plan)) for arm in arms), strict=True))
@@ -329,6 +327,7 @@ def decode_step(
 # would take longer than compiling them.
 _prefill_layer = jax.jit(prefill_layer, static_argnums=0)
 _decode_layer = jax.jit(decode_layer, static_argnums=0)
+_sampler_layer = jax.jit(sampler_layer, static_argnums=0)
 
 
 def _final_norm(config: QwenConfig, weights: Tree, x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ in the config's dtype.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,7 +29,7 @@ from jaxgrpo.model.lora import (
 from jaxgrpo.model.presets import QwenConfig
 from jaxgrpo.model.remat import checkpoint_policy, unroll_layers
 from jaxgrpo.model.rms_norm import rms_norm
-from jaxgrpo.types import Adapters, Packing, Tree
+from jaxgrpo.types import Adapters, Packing, Tree, unstack_layers
 
 
 @jax.custom_vjp
@@ -78,11 +79,9 @@ def join_adapters(config: QwenConfig, base: Tree, adapters: Adapters, remat: str
         for modules in groups
         if any(module in adapters.lora for module in modules)
     }
-    if not unroll_layers(config, remat):
-        return dataclasses.replace(adapters, joined=stacked)
-    layers = len(next(iter(stacked.values())).a)
-    written_out = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers))
-    return dataclasses.replace(adapters, joined=written_out)
+    unroll = unroll_layers(config, remat)
+    joined = unstack_layers(stacked, config.num_layers) if unroll else stacked
+    return dataclasses.replace(adapters, joined=joined)
 
 
 def _name_of(modules: tuple[str, ...]) -> str:
@@ -216,22 +215,22 @@ class Qwen(nn.Module):
         """The layers one after another (`unroll_layers`), from the same variables."""
         block = Block(self.config, parent=None)
 
-        def run(layer: Tree, x: jax.Array) -> jax.Array:
-            return block.apply(layer, x, rope, mask, packing)[0]  # type: ignore[index]
+        def run(layer: Tree, x: jax.Array, *rows: Any) -> jax.Array:
+            return block.apply(layer, x, *rows)[0]  # type: ignore[index]
 
         if self.remat != "none":
             run = jax.checkpoint(run, policy=checkpoint_policy(self.remat))
+        # Under a jit of their own, so that all layers are traced, differentiated and lowered once.
+        run = jax.jit(run)
         stacked = {
             kind: leaves["layers"]
             for kind, leaves in self.variables.items()
             if "layers" in leaves and kind != "joined"
         }
         joined = self.variables.get("joined")
-        for i in range(self.config.num_layers):
-            layer = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-            if joined is not None:
-                layer["joined"] = joined["layers"][i]
-            x = run(layer, x)
+        for i, layer in enumerate(unstack_layers(stacked, self.config.num_layers)):
+            own = {} if joined is None else {"joined": joined["layers"][i]}
+            x = run(layer | own, x, rope, mask, packing)
         return x
 
 
