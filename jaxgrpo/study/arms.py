@@ -124,13 +124,19 @@ class Runner:
         probe = self.config.study.probe
         draws = {f"probe{draw + 1}": draw for draw in probe.asked}
         names |= {"prepare", "probes", "report", *draws}
+        names |= {"cuts"} if self.config.study.cuts.amounts else set()
         for name in only:
             check_choice(name, sorted(names), "study.only")
+        wanted = [i for i, a in enumerate(arms) if {a.name, a.group, f"s{a.seed}"} & set(only)]
         if "report" in only and self.config.study.design is None:
-            raise ConfigError(
-                "study.only=[report]: only a study.design has looks; one of study.arms is reported "
-                "when all of its arms have ended"
-            )
+            runs = arm_configs(self.config)
+            rest = set(range(len(arms))) - set(wanted)
+            left = sum(not has_ended(self.config, arms[i], runs[i]) for i in rest)
+            if left:
+                raise ConfigError(
+                    f"study.only=[report]: {left} of {len(arms)} arms have not ended, and only a "
+                    "study.design has looks before"
+                )
         if "prepare" in only:
             study.root.mkdir(parents=True, exist_ok=True)
             with study.lock():
@@ -139,7 +145,6 @@ class Runner:
                 )
                 atomic_write_text(study.config, dump_config(whole))
                 self.lay_out()
-        wanted = [i for i, a in enumerate(arms) if {a.name, a.group, f"s{a.seed}"} & set(only)]
         missing = [arms[i] for i in wanted if has_plan_file(arms[i])]
         plans = [plan_name(self.config, arm) for arm in missing]
         drawn = [draw for name, draw in draws.items() if {"probes", name} & set(only)]
@@ -155,6 +160,8 @@ class Runner:
         for number in wanted:
             self._check_open(arms[number])
         self.train(wanted)
+        if "cuts" in only:
+            self.cuts()
         if "report" in only:
             with study.lock():
                 self.report()

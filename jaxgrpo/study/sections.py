@@ -229,8 +229,9 @@ class StudySettings:
     takes, and nothing else."""
     only: tuple[str, ...] = ()
     """Runs these parts and ends: `prepare` (profile, plans), and after it, side by side, `probes`,
-    an arm's name or that of its group, or s3 for every arm of seed or block 3; `report` writes what
-    a design's last look tells and trains nothing. Default: all."""
+    an arm's name or that of its group, or s3 for every arm of seed or block 3; `cuts` those of
+    uniform arms that have ended; `report` writes what a design's last look tells, or arms that have
+    all ended, and trains nothing. Default: all."""
 
     def __post_init__(self) -> None:
         require(

@@ -132,6 +132,25 @@ def test_the_uniform_adapter_is_cut_and_evaluated_without_training(study):
     assert not any(any((f / "checkpoints").iterdir()) for f in folders)
 
 
+def test_cuts_and_the_report_are_made_by_name(study, tmp_path, capsys):
+    root, _ = study
+    again = tmp_path / "again"
+    shutil.copytree(root, again)
+    config = str(write_config(again))
+    shutil.rmtree(again / "cuts" / "uniform-r4-s0-energy-0.9")
+    (again / "results.json").unlink()
+    assert main(["study", config, "study.only=[cuts,report]"]) == 0
+    cut = Path("cuts") / "uniform-r4-s0-energy-0.9" / "eval" / "step_000004.json"
+    assert read(again / cut)["eval/accuracy"] == read(root / cut)["eval/accuracy"]
+    assert read(again / "results.json")["cuts"] == read(root / "results.json")["cuts"]
+    shutil.rmtree(again / "arms" / "para-constant-r4-s0")
+    assert main(["study", config, "study.only=[report]"]) == 2
+    assert "1 of 13 arms have not ended" in capsys.readouterr().err
+    uncut = str(write_config(again, cuts={}))
+    assert main(["study", uncut, "study.only=[cuts]"]) == 2
+    assert "unknown name 'cuts'" in capsys.readouterr().err
+
+
 def test_arms_saw_the_same_prompts_and_the_same_items(study):
     root, _ = study
     prompts, items = [], []
