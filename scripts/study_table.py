@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+import tarfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,48 @@ def claims(results: dict[str, Any], landscape: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def rounds_table(root: Path) -> str:
+    """What runs took that were trained together, as a Markdown table; of archives that
+    scripts/pack_study.py made."""
+    rounds: dict[float, dict[str, list]] = {}
+    for part in ("stage1_runs.tar.xz", "ranks/runs.tar.xz", "landscape/runs.tar.xz"):
+        for name, summary, metrics in _runs(root / part):
+            # Runs of before say nothing of their start.
+            if "start" in summary:
+                rounds.setdefault(summary["start"]["began"], {})[name] = [summary, metrics]
+    lines = [
+        "| runs | a step | from process start to the last record | peak |",
+        "|---|---|---|---|",
+    ]
+    for began, runs in sorted(rounds.items()):
+        summary, metrics = next(iter(runs.values()))
+        steps = [row["step_time"] for row in metrics if "step_time" in row][1:]
+        seconds = max(rows[-1]["time"] for _, rows in runs.values()) - began
+        peak = max(found["peak_memory_bytes"] for found, _ in runs.values()) / 2**30
+        names = ", ".join(sorted(runs))
+        lines.append(
+            f"| {names} | {sum(steps) / len(steps):.1f} s "
+            f"| {seconds // 60:.0f} min {seconds % 60:.0f} s | {peak:.1f} GiB |"
+        )
+    return "\n".join(lines)
+
+
+def _runs(path: Path) -> Iterator[tuple[str, dict, list[dict]]]:
+    """(name, summary, metrics) of every run in an archive."""
+    with tarfile.open(path) as archive:
+        found: dict[str, dict[str, str]] = {}
+        for member in archive:
+            place = Path(member.name)
+            if place.name in ("summary.json", "metrics.jsonl"):
+                data = archive.extractfile(member)
+                assert data is not None
+                found.setdefault(str(place.parent), {})[place.name] = data.read().decode()
+    for place, texts in found.items():
+        name = place.removeprefix("arms/")
+        metrics = [json.loads(line) for line in texts["metrics.jsonl"].splitlines()]
+        yield name, json.loads(texts["summary.json"]), metrics
+
+
 def _spread(view: dict[str, Any]) -> tuple[str, str, str]:
     top = view["top_share"]
     held = f"{top['value']:.1%} ({top['low']:.1%} to {top['high']:.1%})"
@@ -219,4 +262,4 @@ def read(root: Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     main, ranks, landscape = read(Path(sys.argv[1]))
     print(tables(main), ranks_table(ranks), landscape_table(landscape), sep="\n\n", end="\n\n")
-    print(claims(main, landscape))
+    print(claims(main, landscape), rounds_table(Path(sys.argv[1])), sep="\n\n")

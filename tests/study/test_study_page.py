@@ -19,6 +19,7 @@ def test_the_page_has_the_tables_and_verdicts_of_the_look():
     assert study_table.tables(results) in page and study_table.ranks_table(ranks) in page
     assert study_table.landscape_table(landscape) in page
     assert study_table.claims(results, landscape) in page
+    assert study_table.rounds_table(DOCS) in page
     assert f"`{results['design']['sha256'][:8]}...`" in page
     text = " ".join(page.split())
     for found in results["spread"]:
