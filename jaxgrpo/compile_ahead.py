@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxgrpo.ahead.programs import describe_results
+from jaxgrpo.ahead.programs import describe_results, describe_state
 from jaxgrpo.grpo.optimizer import Schedule
-from jaxgrpo.grpo.step import init_train_state
 from jaxgrpo.mesh import Purpose, fold_key, shard_rows
 from jaxgrpo.programs import Programs
 from jaxgrpo.session import Session
@@ -42,15 +41,18 @@ def compile_ahead(
         track_sensitivity: as of `loop.start_run`.
     """
     # With programs on the disk it is lowering that takes long, Python's work, which threads do not
-    # share: one program after the other, as the run calls them. Without, the longest compilation
-    # has to begin early; and on a mesh what is compiled says how its results lie. There a thread
-    # compiles what it has lowered.
+    # share: one program after the other, as the run calls them, but the train step, which takes the
+    # longest to read, before the sampler. Without, the longest compilation has to begin early; and
+    # on a mesh what is compiled says how its results lie. There a thread compiles what it has
+    # lowered.
     kept = jax.config.jax_compilation_cache_dir is not None  # type: ignore[attr-defined]
     in_order = kept and session.mesh.size == 1
     lowering = ThreadPoolExecutor(1 if in_order else 4, thread_name_prefix="compile")
     compiling = ThreadPoolExecutor(4, thread_name_prefix="compile") if in_order else None
     config, arms = session.config, programs.arms
-    state = init_train_state(session.init_lora(), programs.optimizer, track_sensitivity)
+    state = describe_state(
+        session.model_config, session.plan, session.mesh, programs.optimizer, track_sensitivity
+    )
     adapters = session.adapters(state.lora)
 
     def start(name: str, function: Any, arguments: Callable[[], tuple]) -> Future:
@@ -89,11 +91,11 @@ def compile_ahead(
     found: dict[str, Any] = {"decode_weights": _ahead(programs.decode_weights, *both)}
     if evaluates:
         found["generate_eval"] = sampler(programs.generate_eval, True, of_one)
-    if config.objective == "grpo":
-        found["generate"] = sampler(programs.generate, False, weights)
     # Beside the log-probs of other policies a batch is placed as their programs leave them.
     if config.grpo.num_iterations == 1 and config.grpo.kl_coef == 0:
         found["train_step"] = train_step()
+    if config.objective == "grpo":
+        found["generate"] = sampler(programs.generate, False, weights)
     if compiling is not None:
         lowering.submit(compiling.shutdown, wait=False)
     lowering.shutdown(wait=False)

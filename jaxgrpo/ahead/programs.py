@@ -75,17 +75,6 @@ def describe_arguments(
         names = ("act_batch", *(None,) * (len(shape) - 1))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, names))
 
-    lora = jax.eval_shape(lambda: init_lora(model, plan, jax.random.key(0)))
-    state = jax.eval_shape(lambda x: init_train_state(x, optimizer), lora)
-    lora_axes = lora_logical_axes(plan.modules)
-
-    def like_lora(path: tuple, x: Any) -> jax.ShapeDtypeStruct:
-        """Adam's moments lie where their adapter does."""
-        names = [getattr(step, "key", None) for step in path[-2:]]
-        axes: Any = lora_axes.get(names[0], {}) if len(names) == 2 else {}
-        where = sharding(mesh, axes[names[1]]) if names[-1] in axes else whole
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
     prompts, count = config.grpo.prompts_per_step, config.grpo.rows_per_step
     prompt, width = row_slots(config)
     by_token = rows((count, width), jnp.float32)
@@ -100,7 +89,7 @@ def describe_arguments(
     )
     return Arguments(
         base=describe_base(model, mesh),
-        state=jax.tree_util.tree_map_with_path(like_lora, state),
+        state=describe_state(model, plan, mesh, optimizer),
         plan=replicated(jax.eval_shape(lambda: device_plan(plan))),
         prompt_tokens=rows((arms * prompts, prompt), jnp.int32),
         prompt_mask=rows((arms * prompts, prompt), jnp.bool_),
@@ -111,6 +100,31 @@ def describe_arguments(
         # On devices of their own each batch lies whole on all, as the adapters do.
         batch=batch if model.device.arm_shards(arms) == 1 else replicated(batch),
     )
+
+
+def describe_state(
+    model: QwenConfig,
+    plan: RankPlan,
+    mesh: Mesh,
+    optimizer: Any,
+    track_sensitivity: bool = False,
+) -> TrainState:
+    """`init_train_state` of fresh adapters, none of which is made."""
+    whole, axes = NamedSharding(mesh, PartitionSpec()), lora_logical_axes(plan.modules)
+
+    def like_lora(path: tuple, x: Any) -> jax.ShapeDtypeStruct:
+        """Adam's moments lie where their adapter does."""
+        names = [getattr(step, "key", None) for step in path[-2:]]
+        of_module: Any = axes.get(names[0], {}) if len(names) == 2 else {}
+        where = sharding(mesh, of_module[names[1]]) if names[-1] in of_module else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    def fresh() -> TrainState:
+        lora = init_lora(model, plan, jax.random.key(0))
+        return init_train_state(lora, optimizer, track_sensitivity)
+
+    state = jax.eval_shape(fresh)
+    return jax.tree_util.tree_map_with_path(like_lora, state)
 
 
 def describe_packing(config: Config, device: Device, mesh: Mesh) -> Packing:
