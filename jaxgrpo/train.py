@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -35,10 +36,15 @@ def train(config: Config, console: Console) -> TrainResult:
     phase_done("prompts")
     check_startable(session)
     warn_user(config, session, console)
-    with jax.set_mesh(session.mesh):
-        evaluates = config.eval.before_training
-        programs = compile_ahead(session, make_programs(session), evaluates=evaluates)
-        return train_session(session.load(console), programs, console)
+    # While programs are traced the collector would look hundreds of times through what is there.
+    gc.freeze()
+    try:
+        with jax.set_mesh(session.mesh):
+            evaluates = config.eval.before_training
+            programs = compile_ahead(session, make_programs(session), evaluates=evaluates)
+            return train_session(session.load(console), programs, console)
+    finally:
+        gc.unfreeze()
 
 
 def check_startable(session: Session) -> None:
