@@ -182,19 +182,23 @@ def open_model(config: Config) -> OpenModel:
         ConfigError: anything about the model that the user has to mend.
     """
     model_dir = resolve_model_dir(config.model.path, config.model.revision)
-    with beside_devices() as beside:
-        return _open_model(config, model_dir, beside.submit(load_tokenizer, model_dir))
+    with tokenizer_beside(model_dir) as (_, loading):
+        return _open_model(config, model_dir, loading)
 
 
 @contextmanager
-def beside_devices() -> Iterator[ThreadPoolExecutor]:
-    """A thread for what needs no device: to be reached they take as long, and ask nothing of Python
-    meanwhile. On an error nobody waits for it (see run.py)."""
+def tokenizer_beside(model_dir: Path) -> Iterator[tuple[ThreadPoolExecutor, Future]]:
+    """A thread for what needs no device, which loads the tokenizer first: devices take as long to
+    be reached, and ask nothing of Python meanwhile."""
     beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
+    loading = beside.submit(load_tokenizer, model_dir)
     try:
-        yield beside
+        yield beside, loading
     finally:
         beside.shutdown(wait=False, cancel_futures=True)
+        # Of two threads that import transformers at once, one fails.
+        if not loading.cancelled():
+            loading.exception()
 
 
 def _open_model(config: Config, model_dir: Path, loading: Future) -> OpenModel:
@@ -234,8 +238,7 @@ def describe_session(config: Config) -> Session:
     eval_reward = _reward("eval.reward", config.eval.reward)
     check_wandb(config.wandb_project)
     model_dir = resolve_model_dir(config.model.path, config.model.revision)
-    with beside_devices() as beside:
-        loading = beside.submit(load_tokenizer, model_dir)
+    with tokenizer_beside(model_dir) as (beside, loading):
         reading = beside.submit(lambda: read_prompts(config, loading.result()))
         model = _open_model(config, model_dir, loading)
         with jax.set_mesh(model.mesh):
