@@ -206,6 +206,7 @@ def _open_model(config: Config, model_dir: Path, loading: Future) -> OpenModel:
     check_gpu_is_used()
     keep_compiled_programs()
     mesh = make_mesh(config.mesh)
+    phase_done("devices")
     check_divisible(config, mesh)
     model_config = read_qwen_config(model_dir, resolve_dtype(config.model.dtype))
     model_config = dataclasses.replace(model_config, device=device_of(mesh))

@@ -42,7 +42,8 @@ NO_EVALUATION = ("eval.before_training=false", "eval.after_training=false", "eva
 
 PHASES = {
     "imports": "imports and settings",
-    "prompts": "devices, tokenizer and prompts",
+    "devices": "devices",
+    "prompts": "tokenizer and prompts, read beside",
     "weights": "weights, while programs compile",
     "sampler": "sampler, compiled or read",
     "train_step": "train step, compiled or read",
