@@ -155,7 +155,8 @@ def test_the_sampler_carries_scale_times_a_times_b(rule):
 
 @pytest.mark.parametrize("remat", ["none", "products"])
 def test_layers_that_are_written_out_compute_what_the_loop_does(monkeypatch, remat):
-    """Outputs, and gradients by adapters and kernels."""
+    """Outputs, and gradients by adapters and kernels, within 1e-5 of their size: XLA adds a layer's
+    terms in another order in a loop."""
     adapters = Adapters(_noisy(init_lora(CONFIG, _plan(), jax.random.key(2))), device_plan(_plan()))
     tokens = jnp.asarray(TOKENS)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -176,4 +177,5 @@ def test_layers_that_are_written_out_compute_what_the_loop_does(monkeypatch, rem
 
     in_a_loop = found()
     monkeypatch.setattr("jaxgrpo.model.qwen.unroll_layers", lambda *_: True)
-    chex.assert_trees_all_close(found(), in_a_loop, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(*map(jax.tree.leaves, (found(), in_a_loop)), strict=True):
+        assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs)
