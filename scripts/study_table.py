@@ -139,7 +139,7 @@ def claims(results: dict[str, Any], landscape: dict[str, Any]) -> str:
             f"GRPO {_ranged(profiles['grpo']['max_min'])}, supervised "
             f"{_ranged(profiles['sft']['max_min'])} (a profile each, {steps} steps, intervals "
             f"over steps); uniform GRPO runs {_ranged(uniform)} ({over})",
-            "flat under both, GRPO no flatter",
+            "flat under both; the contrast with supervised training does not hold here",
             "supervised runs of more seeds; another data set",
         ),
         (

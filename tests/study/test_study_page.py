@@ -83,6 +83,8 @@ def test_the_readme_says_what_the_look_found():
     flat = (p["views"]["l2"]["max_min"] for p in landscape["profiles"])
     ratios = (f"{x['value']:.2f} ({x['low']:.2f} to {x['high']:.2f})" for x in flat)
     assert " and ".join(ratios) in readme
+    weights = [p["views"]["weight"]["max_min"]["value"] for p in landscape["profiles"]]
+    assert f"frozen weights' gradient {weights[0]:.2f} and {weights[1]:.2f})" in readme
     assert f"from {uniform} to {seen['proportional']}" in readme
     assert f"algebra alone makes {foretold['proportional']} of" in readme
     assert f"make {seen['speeds_only']} ({foretold['speeds_only']})" in readme
