@@ -181,19 +181,19 @@ def open_model(config: Config) -> OpenModel:
     Raises:
         ConfigError: anything about the model that the user has to mend.
     """
-    model_dir = resolve_model_dir(config.model.path, config.model.revision)
-    with tokenizer_beside(model_dir) as (_, loading):
+    with tokenizer_beside(config) as (model_dir, loading, _):
         return _open_model(config, model_dir, loading)
 
 
 @contextmanager
-def tokenizer_beside(model_dir: Path) -> Iterator[tuple[ThreadPoolExecutor, Future]]:
-    """A thread for what needs no device, which loads the tokenizer first: devices take as long to
-    be reached, and ask nothing of Python meanwhile."""
+def tokenizer_beside(config: Config) -> Iterator[tuple[Path, Future, ThreadPoolExecutor]]:
+    """The model's directory, its tokenizer, and the thread that loads it and may be given more that
+    needs no device: devices take as long to be reached, and ask nothing of Python meanwhile."""
+    model_dir = resolve_model_dir(config.model.path, config.model.revision)
     beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
     loading = beside.submit(load_tokenizer, model_dir)
     try:
-        yield beside, loading
+        yield model_dir, loading, beside
     finally:
         beside.shutdown(wait=False, cancel_futures=True)
         # Of two threads that import transformers at once, one fails.
@@ -238,8 +238,7 @@ def describe_session(config: Config) -> Session:
     rewards = {name: _reward("rewards", name) for name in config.rewards}
     eval_reward = _reward("eval.reward", config.eval.reward)
     check_wandb(config.wandb_project)
-    model_dir = resolve_model_dir(config.model.path, config.model.revision)
-    with tokenizer_beside(model_dir) as (beside, loading):
+    with tokenizer_beside(config) as (model_dir, loading, beside):
         reading = beside.submit(lambda: read_prompts(config, loading.result()))
         model = _open_model(config, model_dir, loading)
         with jax.set_mesh(model.mesh):

@@ -20,9 +20,9 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
+from jaxgrpo.config_files import read_yaml
 from jaxgrpo.records.run_directory import read_jsonl
+from jaxgrpo.study.config import StudyConfig
 
 LEFT_OUT = {"checkpoints", "adapter", "tensorboard", "completions"}
 LEFT_OUT |= {"report.html", "report.md", "results.json"}  # which the study makes of the rest
@@ -50,7 +50,7 @@ def main() -> int:
 
 def files(root: Path) -> Iterator[tuple[str, bytes]]:
     """(name, content) of what is kept, in the order of names."""
-    study = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8")).get("study", {})
+    study = read_yaml(root / "config.yaml", StudyConfig).get("study", {})
     # Which views plans are made from: the settings say, and of equalised ones it is the weight.
     exact = {study.get("allocation", {}).get("view", "l2"), "weight"}
     for path in sorted(root.rglob("*")):

@@ -114,7 +114,6 @@ def claims(results: dict[str, Any], landscape: dict[str, Any]) -> str:
     order = sorted(range(len(shares := profiles["grpo"]["share"])), key=lambda n: -shares[n])
     hot, cold = order[: len(HOT)], order[: -len(COLD) - 1 : -1]
     slope = {one["view"]: one for one in results["amplification"]}
-    drawn = next(x for x in results["amplification_verdict"] if x.startswith("Measured in "))
     rows = [
         (
             "Proportional ranks lose to uniform ones under GRPO",
@@ -171,7 +170,7 @@ def claims(results: dict[str, Any], landscape: dict[str, Any]) -> str:
             "said to be a feedback",
             f"by drawn ranks a share goes with rank to the power {_power(slope['l2'])}, where "
             f"algebra alone makes 0.5, and the frozen weight's with {_power(slope['weight'])}, "
-            f"where it makes 0 ({drawn.removeprefix('Measured in ').rstrip('.')}, {steps} steps); "
+            f"where it makes 0 ({drawn(results)}, {steps} steps); "
             f"of the uniform runs algebra makes {foretold['proportional']:.2f} (P), "
             f"{foretold['speeds_only']:.2f} (D), {foretold['ranks_only']:.2f} (N), and seen are "
             f"{own['proportional']['value']:.2f}, {own['speeds_only']['value']:.2f}, "
@@ -183,6 +182,12 @@ def claims(results: dict[str, Any], landscape: dict[str, Any]) -> str:
     heads = ("claim", "arXiv 2605.07366", "here", "verdict", "what would change it")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def drawn(results: dict[str, Any]) -> str:
+    """Of how many draws the slopes are: "3 of 6 draws"."""
+    said = (x for x in results["amplification_verdict"] if x.startswith("Measured in "))
+    return next(said).removeprefix("Measured in ").rstrip(".")
 
 
 def rounds_table(root: Path) -> str:

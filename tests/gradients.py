@@ -4,6 +4,12 @@ import jax
 import numpy as np
 
 
+def assert_close_in_size(got, want, tolerance=1e-5):
+    """Every leaf within `tolerance` of its size, the root of its sum of squares."""
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(mine - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
 def assert_gradients_close(got, want, tolerance=1e-4):
     """Every entry within `tolerance` of its leaf's largest.
 

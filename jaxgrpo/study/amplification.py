@@ -188,6 +188,10 @@ def _slope(rule: str, view: str, slope: Fit, parts: list[SlopePart]) -> Amplific
     }
 
 
+def _beside_margin(a: Amplification) -> str:
+    return "within" if abs(a["slope"] - a["predicted"]) <= SLOPE_MARGIN else "beyond"
+
+
 def amplification_verdict(
     found: Sequence[Amplification], of_weights: Fit | None, drawn: str
 ) -> list[str]:
@@ -204,10 +208,9 @@ def amplification_verdict(
         return []
     _, sentence = explanation(raw, of_weights and of_weights.interval)
     outside = [
-        f"{a['scale_rule']}, {words} the margin of {SLOPE_MARGIN:g}"
+        f"{a['scale_rule']}, {_beside_margin(a)} the margin of {SLOPE_MARGIN:g}"
         for a in found
         if a["view"] == "l2" and not a["low"] <= a["predicted"] <= a["high"]
-        for words in ("within" if abs(a["slope"] - a["predicted"]) <= SLOPE_MARGIN else "beyond",)
     ]
     where = (
         f"Outside its interval lies the prediction for {'; '.join(outside)}."

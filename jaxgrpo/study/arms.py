@@ -129,13 +129,11 @@ class Runner:
             check_choice(name, sorted(names), "study.only")
         wanted = [i for i, a in enumerate(arms) if {a.name, a.group, f"s{a.seed}"} & set(only)]
         if "report" in only and self.config.study.design is None:
-            runs = arm_configs(self.config)
-            rest = set(range(len(arms))) - set(wanted)
-            left = sum(not has_ended(self.config, arms[i], runs[i]) for i in rest)
+            left = self._left([i for i in range(len(arms)) if i not in wanted])
             if left:
                 raise ConfigError(
-                    f"study.only=[report]: {left} of {len(arms)} arms have not ended, and only a "
-                    "study.design has looks before"
+                    f"study.only=[report]: {len(left)} of {len(arms)} arms have not ended, and "
+                    "only a study.design has looks before"
                 )
         if "prepare" in only:
             study.root.mkdir(parents=True, exist_ok=True)
@@ -267,10 +265,14 @@ class Runner:
             places: how many rounds are trained at the same time elsewhere; without
                 `study.together`, alike arms are spread over all of them.
         """
-        arms, configs = list_arms(self.config), arm_configs(self.config)
-        left = [n for n in numbers if not has_ended(self.config, arms[n], configs[n])]
-        found = self._split(configs, alike_arms(self.config, left), places)
+        alike = alike_arms(self.config, self._left(numbers))
+        found = self._split(arm_configs(self.config), alike, places)
         return sorted(found, key=lambda group: group.numbers[0])
+
+    def _left(self, numbers: Sequence[int]) -> list[int]:
+        """These of `list_arms` that have not ended."""
+        arms, configs = list_arms(self.config), arm_configs(self.config)
+        return [n for n in numbers if not has_ended(self.config, arms[n], configs[n])]
 
     def _split(
         self, configs: Sequence[Config], groups: Sequence[Sequence[int]], places: int = 1
@@ -297,7 +299,7 @@ class Runner:
             title,
             [configs[n] for n in group.numbers],
             group.slots,
-            replans=[self._replan(n) for n in group.numbers],
+            replans=[self._replan(arms[n], configs[n]) for n in group.numbers],
             track_sensitivity=arms[group.numbers[0]].plan in MEASURED,
         )
         ended: dict[str, Any] = {}
@@ -320,22 +322,20 @@ class Runner:
         arms = list_arms(self.config)
         arm, config = arms[number], arm_configs(self.config)[number]
         title = f"arm {number + 1} of {len(arms)}: {arm.name}"
-        measured = arm.plan in MEASURED
+        replan, measured = self._replan(arm, config), arm.plan in MEASURED
         try:
-            self.lab.run(title, config, replan=self._replan(number), track_sensitivity=measured)
+            self.lab.run(title, config, replan=replan, track_sensitivity=measured)
         except DivergedError as error:
             if self.config.study.design is None:
                 raise
             self._note_diverged(arm, error)
 
-    def _replan(self, number: int) -> Any:
-        """What moves the ranks of one of `list_arms`; None of a plan that stays."""
-        arm = list_arms(self.config)[number]
+    def _replan(self, arm: Arm, run: Config) -> Any:
+        """What moves an arm's ranks; None of a plan that stays."""
         if arm.plan not in DYNAMIC:
             return None
         from jaxgrpo.study.dynamic import make_replan
 
-        run = arm_configs(self.config)[number]
         return make_replan(self.config, arm, run, self.planner.shapes)
 
     def cuts(self) -> None:

@@ -112,7 +112,7 @@ def collect_results(config: StudyConfig) -> Results:
         "spread": spread,
         "landscape": landscape,
         "paper": paper_rows(config, groups, arms, profiles, spread, landscape),
-        "allocations": _allocations(groups, config),
+        "allocations": _allocations(config, files, groups),
     }
 
 
@@ -228,9 +228,10 @@ def _base(config: StudyConfig, files: StudyFiles) -> Base | None:
     }
 
 
-def _allocations(groups: Mapping[str, list[Arm]], config: StudyConfig) -> list[Allocation]:
+def _allocations(
+    config: StudyConfig, files: StudyFiles, groups: Mapping[str, list[Arm]]
+) -> list[Allocation]:
     """Of every group the plan of its first run that has ended; of random ones each seed's."""
-    files = StudyFiles(config.run_dir)
     found: list[Allocation] = []
     for arms in groups.values():
         for arm in arms:

@@ -25,10 +25,9 @@ BY_MODULE = ("proportional_module", *FROM_CALIBRATION)
 WIDE = ("adalora", "para", "uniform_cut")
 """Plans that start at more ranks than they end with."""
 DYNAMIC = ("adaptive", *WIDE)
-"""Plans whose ranks move during the run or after its last step."""
+"""Plans that change during training, or, para and uniform_cut, once at its end."""
 MEASURED = ("adalora",)
 """Plans that go by AdaLoRA's statistics, which their training keeps."""
-"""Plans that change during training, or, para and uniform_cut, once at its end."""
 PLANS = ("uniform", "random", *FROM_PROFILE, *FROM_CALIBRATION, *DYNAMIC)
 BOUNDED = ("random", *FROM_PROFILE, *FROM_CALIBRATION, "adaptive")
 """Plans whose ranks keep to bounds; the others start from one rank and may cut an adapter away."""

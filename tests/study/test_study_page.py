@@ -74,7 +74,7 @@ def test_the_readme_says_what_the_look_found():
     foretold = {run: f"{found['foretold']['value']:.2f}" for run, found in spread.items()}
     uniform = f"{spread['proportional']['uniform'][-1]['value']:.2f}"
     value, low, high = slope_of(results, "weight")
-    drawn = results["amplification_verdict"][1].removeprefix("Measured in ").rstrip(".")
+    drawn = study_table.drawn(results)
     assert f"to the power {value} ({low} to {high}; {drawn}, 80 steps)" in readme
     one = ranks["contrasts"][0]
     assert one["name"] == "uniform, rank 1 - uniform, rank 16" and one["verdict"] == "open"
